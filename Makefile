@@ -1,0 +1,50 @@
+# make quickstart   install ptune into .venv and run its demo
+# make test         lint, types and tests, as CI runs them
+PYTHON ?= python3
+BIN = .venv/bin
+# An empty PTUNE_DATA makes the tests of real data skip, and say so.
+export PTUNE_DATA ?=
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: quickstart test test-all test-oldest benchmarks format clean
+
+quickstart: .venv/installed
+	$(BIN)/ptune demo
+
+test: .venv/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow"
+
+test-all: .venv/tools
+	$(BIN)/pytest
+
+# The oldest transformers that ptune supports, in an environment of its own, with the tests of the core.
+test-oldest: .venv-oldest/tools
+	.venv-oldest/bin/pytest tests/test_virtual_tokens.py tests/test_backbone.py tests/test_encoder.py \
+	  tests/test_generation.py tests/test_classification.py tests/test_soft_prompt.py tests/test_training.py
+
+benchmarks: .venv/tools
+	$(BIN)/python benchmarks/quality.py --data $(or $(PTUNE_DATA),../shared/data)
+
+format: .venv/tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-oldest build dist
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/tools: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+.venv-oldest/tools: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers==5.0.*" -e ".[test]"
+	touch $@

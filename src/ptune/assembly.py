@@ -1,0 +1,152 @@
+"""From the settings of a run to its parts: backbone, records, template, task, prompt encoder, prompted model.
+
+Knows how the parts fit together, and nothing of the training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ptune.backbone import Backbone
+from ptune.config import ClassificationConfig, GenerationConfig, RunConfig
+from ptune.data import Record, data_hash, load_records, split_dev
+from ptune.encoder import build_encoder
+from ptune.errors import ConfigError, DataError
+from ptune.initial_rows import initial_rows
+from ptune.prompted_model import PromptedModel
+from ptune.rendering import Overlong, Renderer
+from ptune.soft_prompt import SoftPrompt
+from ptune.tasks import Example, Task, build_task
+from ptune.template import Template
+
+
+@dataclass
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+        prompted: backbone and encoder as one model.
+        task: renders records and scores answers, with the ids that `prompted` was given.
+        train: examples to learn from; too long ones are cut, or left out, by the template's `overlong`.
+        dev: held-out records.
+        dropped: how many training records were left out as too long.
+        cut: how many were shortened.
+        data_hash: of the training records, for the soft prompt's summary.
+    """
+
+    prompted: PromptedModel
+    task: Task
+    train: list[Example]
+    dev: list[Record]
+    dropped: int
+    cut: int
+    data_hash: str
+
+
+def assemble(
+    config: RunConfig, backbone: Backbone, records: tuple[Sequence[Record], Sequence[Record]] | None = None
+) -> Parts:
+    """Build the parts of a run on a loaded backbone.
+
+    Args:
+        config: the settings.
+        backbone: the frozen model, left as it was once ``Parts.prompted`` is closed.
+        records: training and dev records already at hand; read as ``config.data`` says where absent.
+
+    Raises:
+        ConfigError, TemplateError, DataError: the settings, the template or a record cannot be used.
+    """
+    template = parse_template(config)
+    train, dev = records or read_records(config, template)
+    renderer = build_renderer(config, template, backbone)
+    task = build_task(config.task, renderer)
+    # Records are rendered before anything is attached, so that a mistake in one leaves the backbone alone.
+    examples = [task.example(record) for record in train]
+    kept = [example for example in examples if example is not None]
+    if not kept:
+        raise DataError(
+            f"all {len(examples)} training records are longer than max_length {config.prompt.max_length}; raise it"
+        )
+    encoder = build_encoder(config.prompt.encoder, start_rows(config, backbone, template), config.training.seed)
+    prompted = PromptedModel(backbone, encoder)
+    if prompted.first_virtual_id != renderer.first_virtual_id:  # others hold virtual tokens of this backbone, too
+        task = task.with_renderer(renderer.with_first_virtual_id(prompted.first_virtual_id))
+        kept = [example for record in train if (example := task.example(record)) is not None]
+    return Parts(
+        prompted=prompted,
+        task=task,
+        train=kept,
+        dev=list(dev),
+        dropped=len(examples) - len(kept),
+        cut=sum(any(row.cut for row in example.rows) for example in kept),
+        data_hash=data_hash(train),
+    )
+
+
+def parse_template(config: RunConfig) -> Template:
+    """Return the run's template.
+
+    Raises:
+        TemplateError: it cannot be parsed.
+        ConfigError: it has no virtual tokens, so there is nothing to train.
+    """
+    template = Template.parse(config.prompt.template)
+    if template.num_virtual_tokens == 0:
+        raise ConfigError(
+            '"prompt.template" has no virtual tokens, so there is nothing to train; put [P*10] where they should stand'
+        )
+    return template
+
+
+def build_renderer(config: RunConfig, template: Template, backbone: Backbone) -> Renderer:
+    """Return what turns this run's records into ids of this backbone."""
+    return Renderer(
+        template,
+        backbone.tokenizer,
+        vocabulary_size=backbone.vocabulary_size,
+        max_length=config.prompt.max_length,
+        context_limit=backbone.context_limit,
+        overlong=config.prompt.overlong or default_overlong(config),
+    )
+
+
+def default_overlong(config: RunConfig) -> Overlong:
+    """Return what happens to an answer that is itself too long, where the settings do not say: cut for generation."""
+    return "cut" if isinstance(config.task, GenerationConfig) else "error"
+
+
+def read_records(config: RunConfig, template: Template) -> tuple[list[Record], list[Record]]:
+    """Return training and dev records as ``config.data`` says; dev is taken from train where none is given.
+
+    Raises:
+        ConfigError: no training data is named.
+        DataError: a file or record cannot be read.
+    """
+    data = config.data
+    if data.train is None:
+        raise ConfigError('"data.train" is missing: a file, a folder or a Hub name')
+    train = load_records(data.train, split="train", fields=data.fields, limit=data.limit)
+    if data.dev is not None:
+        dev = load_records(data.dev, split="dev", fields=data.fields)
+    else:
+        # what counts as the same text is what the template shows of it
+        train, dev = split_dev(train, data.dev_fraction, data.dev_limit, config.training.seed, fields=template.fields)
+    return train, dev[: data.dev_limit]
+
+
+def start_rows(config: RunConfig, backbone: Backbone, template: Template) -> Tensor:
+    """Return the rows ``[P, H]`` float32 that the virtual tokens start from."""
+    words = list(config.task.verbalizer.values()) if isinstance(config.task, ClassificationConfig) else []
+    return initial_rows(
+        config.prompt.start,
+        template.num_virtual_tokens,
+        embeddings=backbone.embeddings,
+        tokenizer=backbone.tokenizer,
+        vocabulary_size=backbone.vocabulary_size,
+        label_words=words,
+        prompt_rows=lambda folder: SoftPrompt.load(folder).rows,
+        seed=config.training.seed,
+    )

@@ -1,0 +1,380 @@
+"""The backbone: a frozen pretrained model with its tokenizer. Loads it, keeps it frozen, tells what it is and can do.
+
+Knows nothing of templates, tasks, encoders or training. Shapes: B batch, T text tokens,
+H width, V rows of the input matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ptune.batch import IGNORED
+from ptune.config import ModelConfig
+from ptune.errors import BackboneError, did_you_mean
+from ptune.virtual_tokens import VirtualTokens, input_embedding, input_matrix
+
+MINI = Path(__file__).parent / "mini"
+"""Folder of `ptune-mini`, the model that comes with ptune."""
+
+# What the fingerprint reads of a config: the shape of the model and what its numbers mean, nothing that a load
+# may change.
+_FINGERPRINT_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_FINGERPRINT_ROWS = 16
+_FINGERPRINT_COLUMNS = 8
+
+
+class Backbone:
+    """A frozen causal language model and its tokenizer.
+
+    Attributes:
+        model: the transformers model, every parameter frozen, in eval mode.
+        name: what the user called it: ``mini``, a folder or a Hub name.
+        vocabulary_size: V, rows of the input matrix; never the tokenizer's length, which may be smaller.
+        hidden_size: H, width of the input matrix.
+        context_limit: most positions the model takes, virtual tokens included; None where it sets none (BLOOM).
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
+        """Freeze ``model`` and check that it can carry virtual tokens.
+
+        A tokenizer may be absent where the caller works on ids alone; what needs one then says so.
+
+        Raises:
+            BackboneError: the tokenizer has no end token or more tokens than the matrix has rows, or the family
+                reads ids elsewhere than in its input embedding.
+        """
+        self.model = model.requires_grad_(False).eval()
+        self._tokenizer = tokenizer
+        self.name = name
+        self.vocabulary_size, self.hidden_size = input_matrix(model).shape
+        self.context_limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._recomputed: list[GradientCheckpointingLayer] = []
+        self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, self.vocabulary_size, name)
+        _self_test(self)
+
+    @classmethod
+    def load(cls, config: ModelConfig | str) -> Backbone:
+        """Load a backbone by its settings, or by name alone.
+
+        Raises:
+            BackboneError: neither a model folder nor reachable on the Hub, or not a causal language model that
+                carries virtual tokens.
+        """
+        if isinstance(config, str):
+            config = ModelConfig(name=config)
+        source = str(MINI) if config.name == "mini" else config.name
+        _check_folder(source)
+        device = _device(config.device)
+        dtype: Any = config.dtype
+        if dtype == "auto" and device.type == "cpu":
+            dtype = "float32"  # half precision is stored for size; on a processor it is a choice of speed
+        arguments: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+            if config.attn_implementation:
+                arguments["attn_implementation"] = config.attn_implementation
+            if config.quantization:
+                arguments["quantization_config"] = _quantization(config.quantization)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **arguments)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise BackboneError(f'cannot load "{config.name}" as a causal language model: {reason}') from error
+        if not config.quantization:
+            model = model.to(device)  # type: ignore[arg-type]
+        return cls(model, tokenizer, config.name)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer, with a pad token.
+
+        Raises:
+            BackboneError: the model was given without one.
+        """
+        if self._tokenizer is None:
+            raise BackboneError(f'"{self.name}" was given without its tokenizer, which is needed here; give both')
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids go."""
+        return input_matrix(self.model).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        return self.model.dtype
+
+    def attach(self) -> VirtualTokens:
+        """Return the model's table of virtual tokens; ``detach()`` it when done."""
+        return VirtualTokens.attach(self.model)
+
+    def embeddings(self, ids: Tensor) -> Tensor:
+        """Return what the input embedding gives for ids below V: ``[N] int64 -> [N, H] float32``.
+
+        Families that scale inside the embedding module (Gemma) have scaled already.
+        """
+        with torch.no_grad():
+            return input_embedding(self.model)(ids.to(self.device)).float()
+
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Return the keyword arguments of a forward pass for ids and mask, both ``[B, T]`` int64.
+
+        Position ids come from the mask wherever the family takes them, so that padding on either side moves nothing
+        (GPT-2's own forward counts pads as positions).
+        """
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self._takes_position_ids:
+            arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        return arguments
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return the logits of the next token.
+
+        Args:
+            input_ids: ``[B, T]`` int64, ids from V on being virtual tokens.
+            attention_mask: ``[B, T]`` int64.
+            positions: ``[B, T]`` bool, after which tokens to predict; None for all.
+
+        Returns:
+            ``[N, V]`` for the N chosen positions in row order, ``[B, T, V]`` for all; the backbone's dtype.
+        """
+        if self.model.training:
+            self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
+        arguments = self.inputs(input_ids, attention_mask)
+        with _head_at(self.model, positions), _recomputing(self._recomputed):
+            logits: Tensor = self.model(**arguments, use_cache=False).logits
+        return logits
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return the summed loss for ``labels``, or else logits: what a task asks of a model, trained or not.
+
+        Args:
+            input_ids: ``[B, T]`` int64, ids from V on being virtual tokens.
+            attention_mask: ``[B, T]`` int64, 0 at pads, which may stand on either side.
+            labels: ``[B, T]`` int64, the id itself at supervised positions, `IGNORED` elsewhere.
+            positions: ``[B, T]`` bool, after which tokens to predict; without labels only.
+
+        Returns:
+            With labels, the cross-entropy summed over supervised tokens, a scalar in float32 (float64 where the
+            backbone is): divide it by their number, or by that of a whole accumulation window. Else `logits`.
+        """
+        if labels is None:
+            return self.logits(input_ids, attention_mask, positions)
+        next_labels = next_token_labels(labels)
+        supervised = next_labels != IGNORED
+        logits = self.logits(input_ids, attention_mask, supervised)  # [N, V]
+        return summed_loss(logits, next_labels[supervised])
+
+    def enable_gradient_checkpointing(self, **settings: Any) -> None:
+        """Keep no activations inside the layers, and compute them again in the backward pass.
+
+        Args:
+            settings: keyword arguments of `torch.utils.checkpoint.checkpoint`; ``use_reentrant`` is False unless given.
+
+        Raises:
+            BackboneError: the family's layers cannot do it.
+        """
+        self._recomputed = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not self._recomputed:
+            family = type(self.model).__name__
+            raise BackboneError(f"{family} has no layers that can be recomputed; turn gradient checkpointing off")
+        for layer in self._recomputed:
+            layer.gradient_checkpointing = True
+            recompute = functools.partial(_checkpoint, layer, {"use_reentrant": False} | settings)
+            layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells this backbone from others, the same for every load dtype: JSON of a few hundred bytes.
+
+        Named config fields, and a fixed sample of the input matrix rounded to bfloat16.
+        """
+        config = self.model.config.get_text_config()
+        rows = torch.linspace(0, self.vocabulary_size - 1, _FINGERPRINT_ROWS).long()
+        weight = input_matrix(self.model)[rows.to(self.device), :_FINGERPRINT_COLUMNS]
+        return {
+            "config": {field: getattr(config, field, None) for field in _FINGERPRINT_FIELDS},
+            "rows": weight.detach().to(torch.bfloat16).float().flatten().tolist(),
+        }
+
+    def matches(self, fingerprint: dict[str, Any]) -> bool:
+        """Whether a fingerprint is this backbone's, to the rounding of half precision."""
+        own = self.fingerprint()
+        if own["config"] != fingerprint.get("config") or len(own["rows"]) != len(fingerprint.get("rows", ())):
+            return False
+        # float16 rounds before bfloat16 does, so a last bit may differ between load dtypes.
+        return torch.allclose(torch.tensor(own["rows"]), torch.tensor(fingerprint["rows"]), rtol=2**-7, atol=1e-6)
+
+    def identity(self) -> str:
+        """Return a short hexadecimal name of the fingerprint, for keys and messages."""
+        return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def next_token_labels(labels: Tensor) -> Tensor:
+    """Return at each position the label of what follows it, ``[B, T] -> [B, T]``: the one place of the shift."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of logits ``[N, V]`` for labels ``[N]``, summed, in float32 or float64."""
+    return functional.cross_entropy(at_least_float32(logits), labels, reduction="sum")
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return logits (any shape) in float32, or float64 where they are: half precision is too coarse for a loss."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@contextmanager
+def _head_at(model: PreTrainedModel, positions: Tensor | None) -> Iterator[None]:
+    """Let the output head see only the hidden states at ``positions`` ([B, T] bool), while the block runs.
+
+    The model applies its scale and soft cap after the head, to what the head gives, so nothing else need be known.
+    """
+    head = model.get_output_embeddings()
+    if positions is None or head is None:
+        yield
+        return
+
+    def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arguments[0][positions], *arguments[1:])  # [B, T, H] -> [N, H]
+
+    hook = head.register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _recomputing(layers: list[GradientCheckpointingLayer]) -> Iterator[None]:
+    """Let a forward pass with gradient recompute ``layers``, which look at their own ``training`` flag for that.
+
+    Generation must find it off, for a layer that recomputes drops its cache.
+    """
+    if not torch.is_grad_enabled():
+        yield
+        return
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def _checkpoint(layer: nn.Module, settings: dict[str, Any], function: Callable[..., Any], *arguments: Any) -> Any:
+    layer.training = False  # it has asked for the recomputation; inside, the same flag would switch OPT's dropout on
+    return checkpoint(function, *arguments, **settings)
+
+
+def _self_test(backbone: Backbone) -> None:
+    """Hold ids against ``inputs_embeds`` on a few tokens, and send one gradient back.
+
+    Raises:
+        BackboneError: the two differ, or no gradient arrives: this family reads its input elsewhere.
+    """
+    model, device = backbone.model, backbone.device
+    family = type(model).__name__
+    tokens = backbone.attach()
+    try:
+        first = tokens.allocate(2)
+        words = torch.arange(3, device=device).remainder(backbone.vocabulary_size)
+        rows = backbone.embeddings(words[:2]).flip(0).requires_grad_()
+        tokens.set_rows(first, rows)
+        ids = torch.cat([words[:1], torch.tensor([first, first + 1], device=device), words[1:]])[None]
+        mask = torch.ones_like(ids)
+        with torch.enable_grad():
+            by_ids = backbone.logits(ids, mask)
+            (gradient,) = torch.autograd.grad(by_ids.float().square().mean(), rows)
+        with torch.no_grad():
+            embeddings = input_embedding(model)(ids)
+            arguments = backbone.inputs(ids, mask) | {"inputs_embeds": embeddings}
+            del arguments["input_ids"]
+            by_embeddings = model(**arguments, use_cache=False).logits
+    except (IndexError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise BackboneError(f"{family} cannot carry virtual tokens: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        tokens.release(first)
+        tokens.detach()
+    tolerance = 1e-5 if by_ids.dtype == torch.float32 else 2e-2
+    if not torch.allclose(by_ids, by_embeddings, rtol=tolerance, atol=tolerance * float(by_embeddings.abs().max())):
+        raise BackboneError(f"{family} cannot carry virtual tokens: it reads ids elsewhere than in its input embedding")
+    if not bool(gradient.abs().sum() > 0):
+        raise BackboneError(f"{family} cannot carry virtual tokens: no gradient reaches its input embedding")
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, name: str) -> None:
+    if tokenizer.eos_token_id is None:
+        raise BackboneError(
+            f'the tokenizer of "{name}" has no end token, so answers would never stop; '
+            "set eos_token in its tokenizer_config.json"
+        )
+    if len(tokenizer) > vocabulary_size:
+        raise BackboneError(
+            f'the tokenizer of "{name}" has {len(tokenizer)} tokens and the model\'s input matrix only '
+            f"{vocabulary_size} rows; resize the model's embeddings or take the tokenizer that belongs to it"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as the ecosystem does; the mask, not the id, says what is a pad
+
+
+def _check_folder(source: str) -> None:
+    """Say early that a folder is missing, before a Hub look-up makes it a network error.
+
+    Raises:
+        BackboneError: ``source`` looks like a path and is none, or is a folder without a config.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BackboneError(f'"{source}" is no model folder: it has no config.json')
+    elif path.exists():
+        raise BackboneError(f'"{source}" is a file; the model is given as its folder')
+    elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        parent = path.parent
+        names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+        raise BackboneError(f'there is no model folder "{source}".{did_you_mean(path.name, names)}')
+    elif source.count("/") == 0 and os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise BackboneError(
+            f'"{source}" is neither "mini" nor a model folder here, and the Hub is off (HF_HUB_OFFLINE=1)'
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _quantization(settings: dict[str, Any]) -> Any:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    return AutoQuantizationConfig.from_dict(dict(settings))

@@ -1,0 +1,122 @@
+"""The whole state of a run in one safetensors file, so that it goes on where it stopped, to the last bit.
+
+One file, replaced atomically: after a kill at any moment there is a complete checkpoint or none, never half of one.
+What is no tensor stands as JSON in the file's metadata; nothing is ever pickled. Knows nothing of how a run is made.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ptune.errors import TrainingError
+from ptune.files import read_tensors, write_tensors
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the part of its state that is no tensor.
+
+    Attributes:
+        step: optimizer steps done.
+        best_metric: the best value so far of the task's metric on dev, with the step it was reached at.
+        evaluations_without_gain: for early stopping.
+        history: one entry an evaluation: step and metrics.
+        seconds: time spent training, over all resumptions.
+    """
+
+    step: int = 0
+    best_metric: float | None = None
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    encoder: torch.nn.Module,
+    optimizer: Optimizer,
+    progress: Progress,
+    best_rows: Tensor | None,
+    random_state: dict[str, Tensor],
+) -> None:
+    """Write everything that the rest of the run depends on.
+
+    Args:
+        path: the file; an older checkpoint there is replaced in one step.
+        encoder: the prompt encoder.
+        optimizer: over the encoder's parameters.
+        progress: counters and history.
+        best_rows: virtual tokens ``[P, H]`` of the best evaluation, None before the first.
+        random_state: from `random_state` at the last step's end.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written; the older checkpoint is still there.
+    """
+    state = optimizer.state_dict()
+    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    for index, entries in state["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
+    tensors |= {f"random.{name}": value for name, value in random_state.items()}
+    if best_rows is not None:
+        tensors["best_rows"] = best_rows
+    metadata = {"progress": json.dumps(vars(progress)), "param_groups": json.dumps(state["param_groups"])}
+    write_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def load_checkpoint(
+    path: Path, *, encoder: torch.nn.Module, optimizer: Optimizer
+) -> tuple[Progress, Tensor | None, dict[str, Tensor]]:
+    """Put the state of `save_checkpoint` into encoder and optimizer; return progress, best rows and random state.
+
+    Raises:
+        TrainingError: the file is damaged, or was written by a run with another encoder.
+    """
+    tensors = read_tensors(path, TrainingError)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    optimizer_state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, entry = name.split(".", 2)
+            optimizer_state.setdefault(int(index), {})[entry] = tensor
+    try:
+        encoder.load_state_dict(_below(tensors, "encoder."))
+        groups: list[dict[str, Any]] = json.loads(metadata["param_groups"])
+        for group in groups:
+            group["betas"] = tuple(group["betas"])  # JSON knows no tuples
+        optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+        progress = Progress(**json.loads(metadata["progress"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise TrainingError(
+            f'checkpoint "{path}" belongs to a run with other settings; start anew with --overwrite'
+        ) from error
+    return progress, tensors.get("best_rows"), _below(tensors, "random.")
+
+
+def random_state() -> dict[str, Tensor]:
+    """Return the state of torch's random generators, of every device that is in use."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Set what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

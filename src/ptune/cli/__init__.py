@@ -1,0 +1,58 @@
+"""The command line: `ptune train / eval / predict / generate / inspect / import / demo`. One file a command, each thin.
+
+Nothing here computes: commands read arguments, call the library and show what it returns. Nothing heavy is imported
+before a command runs, so that help is instant. A `PtuneError` becomes one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ptune.cli.demo import demo
+from ptune.cli.evaluate import evaluate, predict
+from ptune.cli.generate import generate
+from ptune.cli.import_peft import import_peft
+from ptune.cli.inspect import inspect
+from ptune.cli.train import train
+from ptune.errors import PtuneError
+
+_ANY_SETTING = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    name="ptune",
+    help="P-tuning: teach a frozen language model a task by training a few virtual tokens, and nothing else.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command(context_settings=_ANY_SETTING)(train)
+app.command("eval")(evaluate)
+app.command()(predict)
+app.command()(generate)
+app.command(context_settings=_ANY_SETTING)(inspect)
+app.command("import")(import_peft)
+app.command()(demo)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from ptune import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 the user's mistake, 130 stopped by Ctrl-C."""
+    try:
+        app()
+    except PtuneError as error:
+        print(f"ptune: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print(f"ptune: {stopped}" if str(stopped) else "ptune: stopped", file=sys.stderr)
+        sys.exit(130)

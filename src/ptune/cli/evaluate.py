@@ -1,0 +1,114 @@
+"""`ptune eval` scores a soft prompt on records with answers; `ptune predict` answers records and writes JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ptune.errors import ConfigError
+
+Prompt = Annotated[Path, typer.Argument(help="Folder of a soft prompt.")]
+Model = Annotated[
+    str | None, typer.Option(help="The backbone's folder or Hub name, where it is not the one the prompt names.")
+]
+Fields = Annotated[
+    list[str] | None, typer.Option("--field", help="Template field=column of the file; may be repeated.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Records answered at once.")]
+
+
+def evaluate(
+    prompt: Prompt,
+    data: Annotated[str, typer.Option(help="File, folder or Hub name of records with their answers.")],
+    split: Annotated[str, typer.Option(help="Which part of a folder or Hub name.")] = "test",
+    model: Model = None,
+    field: Fields = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    batch_size: BatchSize = 32,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics there, too.")] = None,
+) -> None:
+    """Score a soft prompt on records with their answers."""
+    from ptune.cli.quiet import quiet
+
+    quiet()
+    from rich.console import Console
+    from rich.table import Table
+
+    from ptune.cli.progress import format_value
+    from ptune.data import load_records
+    from ptune.engine import Engine
+    from ptune.files import write_json
+
+    records = load_records(data, split=split, fields=column_mapping(field), limit=limit)
+    with Engine.for_prompt(prompt, model) as engine:
+        (name,) = engine.prompts
+        metrics = engine.evaluate(name, records, batch_size=batch_size)
+    table = Table(title=f"{prompt} on {len(records):,} records of {data}")
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    table.add_row(*(format_value(metric, value) for metric, value in metrics.items()))
+    Console().print(table)
+    if json_file is not None:
+        write_json(
+            json_file,
+            {"prompt": str(prompt), "data": data, "split": split, "records": len(records), "metrics": metrics},
+        )
+
+
+def predict(
+    prompt: Prompt,
+    data: Annotated[str, typer.Argument(help="File, folder or Hub name of records, or a text to classify.")],
+    output: Annotated[Path | None, typer.Option(help="File of JSON lines; the terminal where absent.")] = None,
+    split: Annotated[str, typer.Option(help="Which part of a folder or Hub name.")] = "test",
+    model: Model = None,
+    field: Fields = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
+    batch_size: BatchSize = 32,
+) -> None:
+    """Answer records with a soft prompt, as JSON lines in the records' order.
+
+    DATA is a file, a folder or a Hub name; anything with a blank in it is taken as one text to answer.
+    """
+    from ptune.cli.quiet import quiet
+
+    quiet()
+    from ptune.data import load_records
+    from ptune.engine import Engine
+    from ptune.files import write_text
+
+    is_text = not Path(data).exists() and any(character.isspace() for character in data)
+    records: list[Any] = (
+        [] if is_text else list(load_records(data, split=split, fields=column_mapping(field), limit=limit))
+    )
+    with Engine.for_prompt(prompt, model) as engine:
+        (name,) = engine.prompts
+        if is_text:
+            records = [engine.first_field(name, data)]
+        answers = engine.predict(name, records, batch_size=batch_size)
+    lines = "".join(
+        json.dumps({**record, **answer}, ensure_ascii=False) + "\n"
+        for record, answer in zip(records, answers, strict=True)
+    )
+    if output is None:
+        typer.echo(lines, nl=False)
+    else:
+        write_text(output, lines)
+        typer.echo(f"{len(answers)} answers written to {output}", err=True)
+
+
+def column_mapping(pairs: list[str] | None) -> dict[str, str]:
+    """Return ``field=column`` pairs as a mapping.
+
+    Raises:
+        ConfigError: one has no equals sign.
+    """
+    mapping = {}
+    for pair in pairs or []:
+        name, equals, column = pair.partition("=")
+        if not equals:
+            raise ConfigError(f'--field takes field=column, and got "{pair}"')
+        mapping[name] = column
+    return mapping

@@ -1,0 +1,82 @@
+"""`ptune generate`: one instruction, or a chat; streamed; with the soft prompt or, by `--no-prompt`, without."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ptune.cli.evaluate import column_mapping
+
+if TYPE_CHECKING:
+    from ptune.chat import Chat
+
+
+def generate(
+    prompt: Annotated[Path, typer.Argument(help="Folder of a soft prompt.")],
+    text: Annotated[str | None, typer.Argument(help="The template's first field. Without it, a chat begins.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option("--field", help="Another field=text of the template; may be repeated.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The backbone, where it is not the one the prompt names.")] = None,
+    no_prompt: Annotated[
+        bool, typer.Option("--no-prompt", help="The bare model, on the same template without virtual tokens.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="As the prompt's task says, where absent.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Sample at this temperature; greedy where absent.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many likeliest tokens.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 discourages repeating.")] = 1.0,
+    no_repeat_ngram_size: Annotated[int, typer.Option(min=0, help="No n-gram of this size twice; 0 allows all.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For the same sample again.")] = None,
+) -> None:
+    """Answer one instruction, or chat until an empty line."""
+    from ptune.cli.quiet import quiet
+
+    quiet()
+    from ptune.chat import Chat
+    from ptune.engine import Engine
+    from ptune.generation import GenerationOptions
+
+    with Engine.for_prompt(prompt, model) as engine:
+        (name,) = engine.prompts
+        loaded = engine.prompts[name]
+        options = GenerationOptions(
+            max_new_tokens=max_new_tokens or getattr(loaded.prompt.task, "max_new_tokens", 128),
+            do_sample=any(value is not None for value in (temperature, top_p, top_k)),
+            temperature=1.0 if temperature is None else temperature,
+            top_p=1.0 if top_p is None else top_p,
+            top_k=top_k or 0,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            stop=tuple(stop or ()),
+            seed=seed,
+        )
+        chat = Chat(engine, name, options, with_prompt=not no_prompt)
+        others = column_mapping(field)
+        if text is not None:
+            _answer(chat, {**engine.first_field(name, text), **others})
+            return
+        if sys.stdin.isatty():
+            typer.echo("An empty line ends the chat.", err=True)
+        while line := _question():
+            _answer(chat, {**engine.first_field(name, line), **others})
+
+
+def _question() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _answer(chat: Chat, record: dict[str, str]) -> None:
+    chat.say(record, on_text=lambda piece: typer.echo(piece, nl=False))
+    typer.echo()

@@ -1,0 +1,36 @@
+"""`ptune import ADAPTER`: make a soft prompt of a P-tuning or prompt-tuning adapter that PEFT has saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def import_peft(
+    adapter: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained has written.")],
+    config: Annotated[
+        Path, typer.Option(help="YAML file with the template and task that the adapter was trained for.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the soft prompt.")],
+    model: Annotated[str | None, typer.Option(help="The backbone; as the config says where absent.")] = None,
+) -> None:
+    """Make a soft prompt of an adapter that PEFT has trained by P-tuning or prompt tuning."""
+    from ptune.config_file import load_config
+
+    settings = load_config(config, {"model.name": model} if model is not None else {})
+    from ptune.cli.quiet import quiet
+
+    quiet()
+    from ptune.backbone import Backbone
+    from ptune.errors import OutputError
+    from ptune.soft_prompt import import_peft as read
+
+    if (output / "ptune.json").exists():
+        raise OutputError(f'"{output}" holds another soft prompt; choose another --output')
+    prompt = read(
+        adapter, backbone=Backbone.load(settings.model), template=settings.prompt.template, task=settings.task
+    )
+    prompt.save(output)
+    typer.echo(f"{len(prompt.rows)} virtual tokens imported to {output}")

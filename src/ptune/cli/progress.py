@@ -1,0 +1,144 @@
+"""Shows a run on the terminal: a progress bar with loss, rate and time left, evaluations, samples, what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ptune.assembly import Parts
+from ptune.checkpoint import Progress as RunProgress
+from ptune.comparison import compare_with_bare_model
+from ptune.config import RunConfig
+from ptune.reporting import Reporter
+from ptune.soft_prompt import SoftPrompt
+
+_PERCENT = {"accuracy", "macro_f1", "exact_match", "prediction_share", "rouge_l"}
+_HIDDEN = {"prediction_share", "majority_share"}
+
+
+class ProgressReporter(Reporter):
+    """A `Reporter` for people. Use as a context manager, so that the bar is taken away at the end."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._bar = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._config: RunConfig | None = None
+
+    def started(self, config: RunConfig, parts: Parts, total_steps: int, step: int) -> None:
+        """Say what will be trained on what, and show the bar."""
+        self._config = config
+        prompted, backbone = parts.prompted, parts.prompted.backbone
+        trained = sum(parameter.numel() for parameter in prompted.encoder.parameters())
+        total = sum(parameter.numel() for parameter in backbone.model.parameters())
+        self.console.print(
+            f"[bold]{escape(config.model.name)}[/] {total:,} parameters, all frozen; "
+            f"trained: {trained:,} ({100 * trained / (trained + total):.2f}%) "
+            f"for {prompted.num_virtual_tokens} virtual tokens"
+        )
+        notes = [f"{parts.cut} cut to max_length"] if parts.cut else []
+        notes += [f"{parts.dropped} left out as too long"] if parts.dropped else []
+        self.console.print(
+            f"{len(parts.train):,} examples{' (' + ', '.join(notes) + ')' if notes else ''}, "
+            f"{len(parts.dev):,} held out, {total_steps:,} steps"
+        )
+        if step:
+            self.console.print(f"going on after step {step}")
+        self._task = self._bar.add_task("training", total=total_steps, completed=step, loss="-", rate="")
+        self._bar.start()
+
+    def stepped(self, step: int, loss: float, learning_rate: float) -> None:
+        """Move the bar."""
+        speed = self._bar.tasks[0].speed
+        self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", rate=f"{speed:.1f} steps/s" if speed else "")
+
+    def evaluated(self, step: int, metrics: Mapping[str, float], *, best: bool) -> None:
+        """Print one line of metrics."""
+        mark = " [green]best[/]" if best and step else ""
+        self.console.print(f"step {step:>6}  {format_metrics(metrics)}{mark}")
+
+    def sampled(self, records: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> None:
+        """Print records with their answers, a line each."""
+        for record, answer in zip(records, answers, strict=True):
+            asked = " | ".join(shorten(str(value), 50) for value in list(record.values())[:2] if value)
+            shown = (
+                answer["label"] + f" {answer['probability']:.0%}" if "label" in answer else shorten(answer["text"], 60)
+            )
+            self.console.print(f"             [dim]{escape(asked)}[/] -> {escape(shown)}")
+
+    def warned(self, sentence: str) -> None:
+        """Print a warning."""
+        self.console.print(f"[yellow]warning:[/] {escape(sentence)}")
+
+    def stopped_early(self, step: int, patience: int) -> None:
+        """Say why it ended before its time."""
+        self.console.print(f"stopped at step {step}: no better for {patience} evaluations")
+
+    def finished(self, prompt: SoftPrompt, parts: Parts, progress: RunProgress) -> None:
+        """Say what was gained, how answers differ from the bare model's, and what to do next."""
+        self._bar.stop()
+        assert self._config is not None
+        folder, summary = self._config.output, prompt.summary
+        metric = summary["metric"]
+        before, after = format_value(metric, summary["before"][metric]), format_value(metric, summary["after"][metric])
+        self.console.print(
+            f"[bold]{metric} {before} -> {after}[/] (step {summary['best_step']}), {summary['seconds']:.0f} s"
+        )
+        comparison = compare_with_bare_model(parts)
+        self.console.print(
+            f"with and without the prompt, {comparison.changed} of {comparison.total} held-out answers differ"
+        )
+        if comparison.changed == 0:
+            self.warned("the prompt changes no answer: train longer, or at another learning rate")
+        if comparison.off_task is not None:
+            question, bare, tuned = comparison.off_task
+            self.console.print(f'off task: "{escape(question)}"')
+            self.console.print(f"  bare model   {escape(shorten(bare, 90))}")
+            self.console.print(
+                f"  with prompt  {escape(shorten(tuned, 90))}  [dim](leave the prompt out for other questions)[/]"
+            )
+        size = (folder / "soft_prompt.safetensors").stat().st_size
+        self.console.print(f"saved [bold]{escape(str(folder))}[/]: {size / 1024:.0f} kB; try")
+        verb = "generate" if self._config.task.type == "generation" else "predict"
+        self.console.print(
+            f"  ptune {verb} {escape(str(folder))} ...\n  ptune inspect {escape(str(folder))}", style="cyan"
+        )
+
+    def __enter__(self) -> ProgressReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Return metrics as ``name value`` pairs on one line."""
+    return "  ".join(f"{name} {format_value(name, value)}" for name, value in metrics.items() if name not in _HIDDEN)
+
+
+def format_value(metric: str, value: float) -> str:
+    """Return a metric's value as people write it: shares in percent, losses with three digits."""
+    return f"{100 * value:.1f}%" if metric in _PERCENT else f"{value:.3f}"
+
+
+def shorten(text: str, length: int) -> str:
+    """Return the text on one line, cut to a length."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"

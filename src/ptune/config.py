@@ -1,0 +1,207 @@
+"""Every setting of a run, typed and checked: the one description behind the command line, YAML and Python.
+
+All mistakes of a config are reported at once, each with its path and the nearest right name.
+Knows nothing of models, tensors or files' contents, and imports no torch, so that ``ptune --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown names refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Settings):
+    """Which backbone to load and how. A plain string stands for ``name``."""
+
+    name: str = Field("mini", description='Folder, Hub name, or "mini" for the model that comes with ptune.')
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description='Of the frozen weights; "auto" takes float32 on a processor and what is stored on a GPU.'
+    )
+    device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps".')
+    revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
+    attn_implementation: str | None = Field(None, description="Passed to transformers: sdpa, eager, flash_attention_2.")
+    quantization: dict[str, Any] | None = Field(
+        None, description="Keyword arguments of a transformers config, with its quant_method."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off unless asked.")
+
+
+class DataConfig(Settings):
+    """Where records come from. A plain string stands for ``train``."""
+
+    train: str | None = Field(None, description="File (.jsonl, .json, .csv, .parquet), folder or Hub name.")
+    dev: str | None = Field(None, description="Held-out records; taken from train where absent.")
+    test: str | None = Field(None, description="Read by `ptune eval`, never during training.")
+    dev_fraction: float = Field(0.1, gt=0, lt=1, description="Share of train that is held out where dev is absent.")
+    dev_limit: int | None = Field(1000, gt=0, description="At most so many records are used for dev.")
+    limit: int | None = Field(None, gt=0, description="Use only the first so many training records.")
+    fields: dict[str, str] = Field(default_factory=dict, description="Template field -> column of the file.")
+
+
+class EncoderConfig(Settings):
+    """The prompt encoder: what produces the virtual tokens while they are trained."""
+
+    type: Literal["embedding", "mlp", "lstm"] = "mlp"
+    hidden_size: int | None = Field(None, gt=0, description="Width of hidden layers; the backbone's where absent.")
+    num_layers: int = Field(2, ge=1, description="Hidden layers (mlp), stacked LSTM layers (lstm).")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    residual: bool = Field(True, description="Add the encoder's output, zero at the start, to the initial rows.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_that_embedding_lacks(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "embedding":
+            defaults = {name: field.default for name, field in cls.model_fields.items()}
+            useless = sorted(name for name, value in values.items() if name != "type" and value != defaults.get(name))
+            if useless:
+                raise ValueError(
+                    f"an embedding has no encoder, so {', '.join(useless)} would be ignored; "
+                    "remove it, or choose mlp or lstm"
+                )
+        return values
+
+
+class StartConfig(Settings):
+    """What the virtual tokens are before the first step."""
+
+    method: Literal["vocabulary", "text", "labels", "prompt", "normal", "uniform"] = Field(
+        "vocabulary",
+        description="Sampled vocabulary rows, the words of a text, the label words, another soft prompt, "
+        "or noise at the embeddings' own scale.",
+    )
+    text: str | None = Field(None, description="For method text; repeated or cut to the number of virtual tokens.")
+    prompt: str | None = Field(None, description="For method prompt: folder of a soft prompt.")
+
+    @model_validator(mode="after")
+    def _what_the_method_needs(self) -> StartConfig:
+        for method in ("text", "prompt"):
+            value = getattr(self, method)
+            if self.method == method and not value:
+                raise ValueError(f'method "{method}" needs `{method}`')
+            if self.method != method and value is not None:
+                raise ValueError(f'`{method}` is only used by method "{method}", and method is "{self.method}"')
+        return self
+
+
+class PromptConfig(Settings):
+    """Where virtual tokens stand, and what produces them."""
+
+    template: str = Field(description="As in `[P*10]Human: {instruction}[?\\n{input}]\\n\\nAssistant: {answer}`.")
+    encoder: EncoderConfig = EncoderConfig()
+    start: StartConfig = StartConfig()
+    max_length: int | None = Field(None, gt=0, description="Text tokens of one example; virtual tokens come on top.")
+    overlong: Literal["cut", "drop", "error"] | None = Field(
+        None,
+        description="For an answer that is itself too long. Default: cut for generation, error for classification.",
+    )
+
+
+class ClassificationConfig(Settings):
+    """A record belongs to one of several labels, each with words that stand for it."""
+
+    type: Literal["classification"] = "classification"
+    label_field: str = "label"
+    verbalizer: dict[str, str] = Field(
+        description="Label -> its words, blanks kept, as in {positive: ' great', negative: ' terrible'}."
+    )
+    calibration: Literal["none", "length", "prior"] = Field(
+        "none", description="Divide a label's score by its tokens, or subtract its score under an empty record."
+    )
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric that chooses the best checkpoint; greater is better."""
+        return "accuracy"
+
+    @field_validator("verbalizer", mode="before")
+    @classmethod
+    def _labels_are_text(cls, value: Any) -> Any:
+        # YAML reads `yes`, `true` and `1` as booleans and numbers; data files write them as text or as such.
+        return {label_text(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("verbalizer")
+    @classmethod
+    def _two_labels(cls, value: dict[str, str]) -> dict[str, str]:
+        if len(value) < 2:
+            raise ValueError("a classification needs at least two labels")
+        empty = [label for label, words in value.items() if not words]
+        if empty:
+            raise ValueError(f"label {empty[0]!r} has no words")
+        return value
+
+
+class GenerationConfig(Settings):
+    """A record is answered by text."""
+
+    type: Literal["generation"] = "generation"
+    answer_field: str = "output"
+    max_new_tokens: int = Field(128, gt=0)
+    metric: Literal["loss", "rouge_l", "bleu", "exact_match"] = Field(
+        "loss", description="Chooses the best checkpoint."
+    )
+
+
+TaskConfig = Annotated[ClassificationConfig | GenerationConfig, Field(discriminator="type")]
+
+
+class TrainingConfig(Settings):
+    """How the prompt is trained."""
+
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="Optimizer steps; goes before epochs.")
+    batch_size: int = Field(16, gt=0)
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    learning_rate: float = Field(5e-3, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(0.06, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    logging_steps: int = Field(10, gt=0)
+    evaluations: int = Field(
+        10, ge=1, description="How often dev is evaluated in the course of the run, at even distances."
+    )
+    patience: int | None = Field(None, gt=0, description="Stop after so many evaluations without a better metric.")
+    samples: int = Field(2, ge=0, description="Dev records answered in the log at each evaluation.")
+    trackers: tuple[str, ...] = Field((), description="As accelerate names them: tensorboard, wandb, ...")
+    checkpoint_minutes: float = Field(
+        5.0, gt=0, description="A checkpoint is written at least so often, and at each evaluation."
+    )
+
+
+class RunConfig(Settings):
+    """One run: a backbone, data, a task, a prompt, and how it is trained."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    task: TaskConfig
+    prompt: PromptConfig
+    training: TrainingConfig = TrainingConfig()
+    output: Path = Field(
+        Path("prompts/prompt"), description="Folder of the soft prompt; the run's own files stand in its folder run."
+    )
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_by_name(cls, value: Any) -> Any:
+        return {"train": value} if isinstance(value, str) else value
+
+
+def label_text(value: Any) -> str:
+    """Return a label as its text: booleans as ``true`` and ``false``, whatever JSON or YAML made of them."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,179 @@
+"""Reads a run's settings from YAML and overrides, and words every mistake for the person who made it.
+
+Knows the settings' names, not their meaning.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ptune.config import ClassificationConfig, GenerationConfig, RunConfig
+from ptune.errors import ConfigError, did_you_mean
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a YAML file and return the settings of a run.
+
+    Args:
+        path: the file.
+        overrides: dotted name -> value, as in ``{"training.seed": 3}``; they go before the file.
+
+    Raises:
+        ConfigError: no such file, no YAML, or settings that are unknown, missing or contradict each other: all at once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(f'there is no config file "{path}".{did_you_mean(path.name, names)}')
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f'"{path}" is no readable YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(values, dict):
+        raise ConfigError(f'"{path}" should hold settings as `name: value`, and holds {type(values).__name__}')
+    return parse_config(values, overrides, source=str(path))
+
+
+def parse_config(
+    values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, *, source: str = "the config"
+) -> RunConfig:
+    """Return the settings of a run from nested values, or name every mistake in them.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    merged = _deep_copy(values)
+    for name, value in (overrides or {}).items():
+        _put(merged, name.split("."), value)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        mistakes = [_sentence(entry, merged) for entry in error.errors()]
+        listed = mistakes[0] if len(mistakes) == 1 else "".join(f"\n  - {mistake}" for mistake in mistakes)
+        raise ConfigError(f"{source}: {listed}") from None
+
+
+def override(name: str) -> str:
+    """Return the dotted name of a setting for what was typed: the dotted name itself, or a leaf that is unique.
+
+    Dashes and underscores mean the same.
+
+    Raises:
+        ConfigError: no such setting, or several end in that name.
+    """
+    typed = name.replace("-", "_")
+    known = setting_names()
+    if typed in known:
+        return typed
+    leaves = [full for full in known if full.rsplit(".", 1)[-1] == typed]
+    if len(leaves) == 1:
+        return leaves[0]
+    if leaves:
+        raise ConfigError(f'several settings are called "{name}": {", ".join(leaves)}; give one of these')
+    raise ConfigError(f'there is no setting "{name}".{did_you_mean(typed, _names_and_leaves(known))}')
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return dotted names and values of what the command line was given: ``--training.seed 3 --lr=1e-3``.
+
+    Raises:
+        ConfigError: a stray word, a missing value, or an unknown setting.
+    """
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f'"{word}" stands alone; settings are given as --name value')
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{name} needs a value")
+            value = rest.pop(0)
+        overrides[override(name)] = yaml.safe_load(value) if value else value
+    return overrides
+
+
+def setting_names() -> list[str]:
+    """Return the dotted names of all settings of a run."""
+    names: list[str] = []
+    for name, field in RunConfig.model_fields.items():
+        if name == "task":
+            kinds = (ClassificationConfig, GenerationConfig)
+            names += dict.fromkeys(f"task.{leaf}" for kind in kinds for leaf in kind.model_fields)
+        else:
+            names += _names(name, field.annotation)
+    return names
+
+
+def _names(prefix: str, annotation: Any) -> list[str]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [
+            n for leaf, field in annotation.model_fields.items() for n in _names(f"{prefix}.{leaf}", field.annotation)
+        ]
+    return [prefix]
+
+
+def _names_and_leaves(names: Sequence[str]) -> list[str]:
+    return [*names, *(name.rsplit(".", 1)[-1] for name in names)]
+
+
+def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+_SHORT_FORM = {"model": "name", "data": "train"}
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        inner = values.get(key)
+        if isinstance(inner, str) and key in _SHORT_FORM:  # `model: mini` stands for `model: {name: mini}`
+            inner = {_SHORT_FORM[key]: inner}
+        values[key] = inner if isinstance(inner, dict) else {}
+        values = values[key]
+    values[path[-1]] = value
+
+
+def _sentence(entry: Any, values: Mapping[str, Any]) -> str:
+    # pydantic puts the chosen kind of a task into the location; the user never wrote it
+    location = [str(part) for part in entry["loc"] if part not in ("classification", "generation")]
+    name = ".".join(location)
+    if entry["type"] == "extra_forbidden":
+        siblings = [n.rsplit(".", 1)[-1] for n in setting_names() if n.rsplit(".", 1)[0] == ".".join(location[:-1])]
+        siblings += [n.split(".")[0] for n in setting_names()] if len(location) == 1 else []
+        elsewhere = [n for n in setting_names() if n.rsplit(".", 1)[-1] == location[-1]]
+        mend = did_you_mean(location[-1], siblings) or (f' Did you mean "{elsewhere[0]}"?' if elsewhere else "")
+        return f'there is no setting "{name}".{mend}'
+    if entry["type"] == "missing":
+        return f'"{name}" is missing'
+    if entry["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        return f'"{name}.type" should be classification or generation'
+    message = entry["msg"].removeprefix("Value error, ")
+    found = entry["input"]
+    shown = "" if isinstance(found, dict) else f", and is {found!r}"
+    return f'"{name}": {message[0].lower() + message[1:]}{shown}' if name else message
+
+
+def config_yaml(config: RunConfig) -> str:
+    """Return the settings of a run as YAML that `load_config` reads back to the same settings."""
+    return yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+
+
+def differing_settings(one: RunConfig, other: RunConfig) -> list[str]:
+    """Return the dotted names of settings in which two runs differ."""
+    lines = difflib.ndiff(_flat(one.model_dump(mode="json")), _flat(other.model_dump(mode="json")))
+    return sorted({line[2:].split("=", 1)[0] for line in lines if line[:2] in ("- ", "+ ")})
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, value in values.items():
+        lines += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}={value!r}"]
+    return lines

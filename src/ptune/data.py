@@ -1,0 +1,151 @@
+"""The user's data as records: fields by name, what is held out, and their hash.
+
+Knows nothing of templates, tokenizers or models: a record is the user's own mapping, plus where it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ptune.errors import DataError, did_you_mean
+from ptune.readers import Record, read_records
+
+__all__ = ["Record", "data_hash", "load_records", "split_dev"]
+
+_USERS = ("human", "user")
+_ASSISTANTS = ("gpt", "assistant")
+_NOT_TEXT = ("id", "idx", "label", "labels")
+
+
+def load_records(
+    source: str | Path, *, split: str = "train", fields: Mapping[str, str] | None = None, limit: int | None = None
+) -> list[Record]:
+    """Return the records of a file, a folder or a data set on the Hub, the first ``limit`` of them.
+
+    A file is read by its suffix: .jsonl, .ndjson, .json (a list, an object with one list, or JSON lines), .csv, .tsv,
+    .parquet. A folder holds files named by split (``dev.jsonl``, ``train-00000-of-00002.parquet``, in it or in its
+    ``data``), or is one of ``datasets.save_to_disk``. Anything else is a Hub name, as in ``owner/name`` or
+    ``owner/name:config``. ``split`` chooses within folders and Hub data sets; dev is also found as validation or valid.
+
+    ``fields`` adds, under each field's name, the column that it names. Two shapes need none: a record with
+    ``instruction`` and ``output`` (Alpaca) gets an empty ``input`` where it has none; a record with ``conversations``
+    or ``messages`` (ShareGPT, chat) gets ``system``, ``instruction``, ``input`` and ``output`` from its system turn and
+    its first question with an answer.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or a named column is missing; names file, line and field.
+    """
+    records = list(islice(read_records(source, split), limit))
+    if not records:
+        raise DataError(f"{source} is empty: expected at least one record; check the file.")
+    for record in records:
+        _fill_from_conversation(record)
+        if "instruction" in record and "output" in record:
+            record.setdefault("input", "")
+        _map_fields(record, fields or {})
+    return records
+
+
+def split_dev(
+    records: Sequence[Record],
+    fraction: float,
+    limit: int | None = None,
+    seed: int = 0,
+    *,
+    fields: Sequence[str] | None = None,
+) -> tuple[list[Record], list[Record]]:
+    """Hold out ``fraction`` of the records, at most ``limit``, and return ``(train, dev)``, each in its old order.
+
+    The same seed gives the same split, whatever the order of the records. Records of the same text stand on one side:
+    their text is ``fields``, or, without them, every value that is not a number, ids and labels left out.
+
+    Raises:
+        DataError: either side would be empty, or the records repeat too few texts too often.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(_text_of(record, fields), []).append(index)
+    if len(groups) < 2:
+        found = f"{len(records)} of the same text" if len(records) > 1 else f"{len(records)}"
+        raise DataError(
+            f"holding out dev needs at least two records that differ in text and found {found}; "
+            "add records, or name a dev file."
+        )
+    wanted = min(max(1, round(fraction * len(records))), len(records) - 1, limit or len(records))
+    dev: set[int] = set()
+    # Ordered by a hash rather than shuffled: a record's rank then depends on nothing but its text and the seed.
+    ranked = sorted(groups, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())
+    for text in ranked:
+        if len(dev) + len(groups[text]) <= wanted:
+            dev.update(groups[text])
+    if not dev:
+        dev.update(groups[min(ranked, key=lambda text: len(groups[text]))])
+    if limit is not None and len(dev) > limit:
+        raise DataError(
+            f"holding out dev found no text that stands in {limit} records or fewer, the limit (dev_limit); "
+            f"raise it to {len(dev)}, remove duplicates, or name a dev file."
+        )
+    train = [record for index, record in enumerate(records) if index not in dev]
+    return train, [records[index] for index in sorted(dev)]
+
+
+def data_hash(records: Iterable[Mapping[str, Any]]) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of all records as canonical JSON, in their order."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(_canonical(record).encode("ascii") + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _text_of(record: Record, fields: Sequence[str] | None) -> str:
+    if fields:
+        values = [record.get(name) for name in fields]
+        return _canonical([value.strip() if isinstance(value, str) else value for value in values])
+    text = {
+        name: value.strip() if isinstance(value, str) else value
+        for name, value in record.items()
+        if name not in _NOT_TEXT and isinstance(value, (str, list, dict))
+    }
+    return _canonical(text or record)
+
+
+def _fill_from_conversation(record: Record) -> None:
+    if "instruction" in record and "output" in record:
+        return
+    column = "conversations" if "conversations" in record else "messages"
+    turns = record.get(column)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return
+    spoken = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+    if turns and all(speaker is None for speaker, _ in spoken):
+        return  # objects, but no turns of a conversation
+    for (speaker, question), (replier, answer) in zip(spoken, spoken[1:], strict=False):
+        if speaker in _USERS and replier in _ASSISTANTS and isinstance(question, str) and isinstance(answer, str):
+            system = next((text for name, text in spoken if name == "system"), "")
+            filled = {"system": system, "instruction": question, "input": "", "output": answer}
+            record.update({name: text for name, text in filled.items() if name not in record})
+            return
+    raise DataError(
+        f"{record.location}: expected in {column} a turn from human or user with text, followed by one from gpt or "
+        f"assistant, and found {', '.join(str(name) for name, _ in spoken) or 'no turn'}; complete or remove it."
+    )
+
+
+def _map_fields(record: Record, fields: Mapping[str, str]) -> None:
+    columns = dict(record)
+    for field, column in fields.items():
+        if column not in columns:
+            raise DataError(
+                f"{record.location}: expected a column {column!r} for the field {field!r} and found "
+                f"{', '.join(columns)}; correct data.fields.{did_you_mean(column, sorted(columns))}"
+            )
+        record[field] = columns[column]

@@ -1,0 +1,39 @@
+"""What a run tells while it goes on. The base class is silent; the command line has one that draws a progress bar.
+
+Knows what can happen in a run, and nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ptune.assembly import Parts
+from ptune.checkpoint import Progress
+from ptune.config import RunConfig
+from ptune.soft_prompt import SoftPrompt
+
+
+class Reporter:
+    """Hears of every event of a run, and says nothing. Override what you want to show."""
+
+    def started(self, config: RunConfig, parts: Parts, total_steps: int, step: int) -> None:
+        """Training begins, or goes on after ``step``."""
+
+    def stepped(self, step: int, loss: float, learning_rate: float) -> None:
+        """An optimizer step is done; ``loss`` is its mean over what is supervised."""
+
+    def evaluated(self, step: int, metrics: Mapping[str, float], *, best: bool) -> None:
+        """Dev was scored."""
+
+    def sampled(self, records: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> None:
+        """Some dev records were answered by the very path that serves."""
+
+    def warned(self, sentence: str) -> None:
+        """Something looks wrong, but the run goes on."""
+
+    def stopped_early(self, step: int, patience: int) -> None:
+        """The metric did not get better for ``patience`` evaluations."""
+
+    def finished(self, prompt: SoftPrompt, parts: Parts, progress: Progress) -> None:
+        """The soft prompt is saved. The backbone's table holds its rows, so answers can be asked for."""

@@ -1,0 +1,106 @@
+"""The folder of a run: the soft prompt on top, the run's files in ``run/``. One run at a time, none lost.
+
+    prompt/ptune.json, soft_prompt.safetensors, ...   the soft prompt, written at the end
+    prompt/run/config.yaml                            the settings, as `ptune train` reads them
+    prompt/run/checkpoint.safetensors                 the whole state, replaced atomically
+    prompt/run/log.jsonl                              one line a logged step or evaluation
+
+Knows the settings, and nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from ptune.config import RunConfig
+from ptune.config_file import config_yaml, differing_settings, load_config
+from ptune.errors import ConfigError, OutputError
+from ptune.files import folder_lock, write_text
+
+# Settings that may change between a run and its resumption without changing its result.
+_FREE_TO_CHANGE = {
+    "output",
+    "data.test",
+    "training.checkpoint_minutes",
+    "training.samples",
+    "training.trackers",
+    "training.logging_steps",
+}
+
+
+class RunFolder:
+    """A run's folder, locked while it is open.
+
+    Attributes:
+        path: the soft prompt's folder.
+        run: the run's own files.
+        checkpoint: the state of the run; exists where there is something to go on with.
+    """
+
+    def __init__(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+        self.path = config.output
+        self.run = config.output / "run"
+        self.checkpoint = self.run / "checkpoint.safetensors"
+        self._config, self._resume, self._overwrite = config, resume, overwrite
+        self._stack = ExitStack()
+
+    def __enter__(self) -> RunFolder:
+        """Lock the folder and see that it may be used.
+
+        Raises:
+            OutputError: it holds another run or something else, is in use, or cannot be written.
+            ConfigError: a run to resume had other settings.
+        """
+        others = self._foreign_files()
+        if others:
+            raise OutputError(f'"{self.path}" is no run\'s folder: it holds {others[0]}; choose another --output')
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f'cannot make the folder "{self.run}": {error.strerror}') from error
+        self._stack.enter_context(folder_lock(self.run))
+        try:
+            self._claim()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def log(self, values: dict[str, Any], *, write: bool = True) -> None:
+        """Add a line to ``run/log.jsonl``."""
+        if write:
+            with (self.run / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def _foreign_files(self) -> list[str]:
+        if not self.path.is_dir() or (self.path / "run").is_dir() or (self.path / "ptune.json").exists():
+            return []
+        return sorted(p.name for p in self.path.iterdir())
+
+    def _claim(self) -> None:
+        settings = self.run / "config.yaml"
+        if self._resume:
+            if not settings.is_file():
+                raise OutputError(f'"{self.path}" holds no run to resume; leave --resume out to begin one')
+            differing = [n for n in differing_settings(load_config(settings), self._config) if n not in _FREE_TO_CHANGE]
+            if differing:
+                raise ConfigError(
+                    f"a resumed run must have the settings it began with, and {', '.join(differing)} differ; "
+                    "begin anew with --overwrite, or start from this prompt with --from"
+                )
+            return
+        if (settings.is_file() or (self.path / "ptune.json").exists()) and not self._overwrite:
+            raise OutputError(
+                f'"{self.path}" holds another run; choose another --output, or --resume it, or --overwrite it'
+            )
+        for old in (self.checkpoint, self.run / "log.jsonl"):
+            old.unlink(missing_ok=True)
+        write_text(settings, config_yaml(self._config))

@@ -1,0 +1,221 @@
+r"""The grammar of templates: where virtual tokens, a record's fields and the answer stand.
+
+    [P*10]        ten virtual tokens; [P] is one. Any number of runs, anywhere before the answer
+    {field}       the field's text, stripped of surrounding blanks
+    [?...{f}...]  a piece that disappears when its fields are empty
+    {answer}      what is learnt, at the end
+    [bos]         the tokenizer's first token, where the template wants it elsewhere than is usual
+    [[ ]] {{ }}   the brackets themselves
+    \n \t \\      a new line, a tab and a backslash, so that a template fits on one line of YAML
+
+As in ``[P*10]Human: {instruction}[?\n{input}]\n\nAssistant: {answer}``. Knows no tokenizer and no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ptune.errors import TemplateError
+
+ANSWER = "answer"
+
+_TOKEN = re.compile(
+    r"""
+      (?P<escape>\[\[|\]\]|\{\{|\}\}|\\n|\\t|\\\\)
+    | \[P(?:\*(?P<count>\d+))?\](?P<virtual>)
+    | (?P<bos>\[bos\])
+    | (?P<optional>\[\?)
+    | \{(?P<field>[^{}\[\]\n]*)\}
+    | (?P<close>\])
+    | (?P<stray>[\[{}])
+    | (?P<text>[^\[\]{}\\]+|\\)
+    """,
+    re.VERBOSE,
+)
+_ESCAPED = {"[[": "[", "]]": "]", "{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t", "\\\\": "\\"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words that stand in the template themselves."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """The place of a record's field."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """A run of virtual tokens."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Optional:
+    """Words and fields that disappear when the fields are empty."""
+
+    pieces: tuple[Text | Field, ...]
+
+
+@dataclass(frozen=True)
+class Bos:
+    """The tokenizer's first token."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The place of the answer: the end."""
+
+
+Piece: TypeAlias = Text | Field | Virtual | Optional | Bos | Answer
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template; make it by `parse`.
+
+    Attributes:
+        source: as it was written.
+        pieces: what it is made of, in order.
+    """
+
+    source: str
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def parse(cls, source: str) -> Template:
+        """Parse a template.
+
+        Raises:
+            TemplateError: something cannot be read, the answer is missing, twice or not at the end; names the place.
+        """
+        pieces = _Parser(source).pieces()
+        answers = [number for number, piece in enumerate(pieces) if isinstance(piece, Answer)]
+        if len(answers) != 1:
+            found = "none" if not answers else f"{len(answers)} of them"
+            raise TemplateError(f"a template has one {{answer}}, and there is {found} in {source!r}; put it at the end")
+        if answers[0] != len(pieces) - 1:
+            raise TemplateError(
+                f"{{answer}} ends a template, for a model reads from left to right, and more follows in {source!r}"
+            )
+        if sum(isinstance(piece, Bos) for piece in pieces) > 1:
+            raise TemplateError(f"[bos] stands once in a template, and twice in {source!r}; leave one out")
+        return cls(source, tuple(pieces))
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P, over all runs."""
+        return sum(piece.count for piece in self.pieces if isinstance(piece, Virtual))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the fields in their order, each once, without the answer."""
+        return tuple(dict.fromkeys(field.name for field in self._all_fields(self.pieces)))
+
+    @property
+    def optional_fields(self) -> tuple[str, ...]:
+        """Names of the fields that stand in optional pieces alone: a record may lack them."""
+        needed = {piece.name for piece in self.pieces if isinstance(piece, Field)}
+        return tuple(name for name in self.fields if name not in needed)
+
+    @property
+    def opens_with_virtual_tokens(self) -> bool:
+        """Whether virtual tokens come first: the shape that PEFT knows, if it is the only run."""
+        return bool(self.pieces) and isinstance(self.pieces[0], Virtual)
+
+    def without_virtual_tokens(self) -> Template:
+        """Return the same words without virtual tokens: how the bare model would be asked."""
+        pieces = tuple(piece for piece in self.pieces if not isinstance(piece, Virtual))
+        return Template(re.sub(r"\[P(\*\d+)?\]", "", self.source), pieces)
+
+    @staticmethod
+    def _all_fields(pieces: Sequence[Piece]) -> list[Field]:
+        fields: list[Field] = []
+        for piece in pieces:
+            if isinstance(piece, Field):
+                fields.append(piece)
+            elif isinstance(piece, Optional):
+                fields += [inner for inner in piece.pieces if isinstance(inner, Field)]
+        return fields
+
+
+def escape(text: str) -> str:
+    """Return a template that renders to ``text`` itself."""
+    return re.sub(r"[\[\]{}\\]", lambda match: match[0] * 2, text)
+
+
+class _Parser:
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._optional: list[Text | Field] | None = None
+        self._optional_start = 0
+        self._pieces: list[Piece] = []
+
+    def pieces(self) -> list[Piece]:
+        for match in _TOKEN.finditer(self._source):
+            self._take(match)
+        if self._optional is not None:
+            self._fail(self._optional_start, "this [? is never closed; put ] where the optional piece ends")
+        return self._pieces
+
+    def _take(self, match: re.Match[str]) -> None:
+        start, kind = match.start(), match.lastgroup
+        if kind in ("text", "escape"):
+            self._add_text(_ESCAPED.get(match[0], match[0]))
+        elif kind == "field":
+            self._add_field(start, match["field"].strip())
+        elif kind == "close":
+            self._close(start)
+        elif kind == "stray":
+            self._fail(
+                start, f"a lone {match[0]} opens nothing that is known; write {match[0] * 2} for the bracket itself"
+            )
+        elif self._optional is not None:
+            self._fail(start, f"{match[0]} cannot stand in an optional piece; only words and fields can")
+        elif kind == "optional":
+            self._optional, self._optional_start = [], start
+        elif kind == "bos":
+            self._pieces.append(Bos())
+        else:
+            count = int(match["count"] or 1)
+            if count == 0:
+                self._fail(start, "a run of virtual tokens has at least one; write [P*1] or leave it out")
+            self._pieces.append(Virtual(count))
+
+    def _add_text(self, text: str) -> None:
+        pieces: list[Piece] | list[Text | Field] = self._pieces if self._optional is None else self._optional
+        if pieces and isinstance(pieces[-1], Text):
+            text = pieces.pop().text + text  # type: ignore[union-attr]
+        pieces.append(Text(text))
+
+    def _add_field(self, start: int, name: str) -> None:
+        if not name:
+            self._fail(start, "this field has no name; write the record's field between the braces")
+        if name != ANSWER:
+            (self._pieces if self._optional is None else self._optional).append(Field(name))
+        elif self._optional is None:
+            self._pieces.append(Answer())
+        else:
+            self._fail(start, "{answer} cannot stand in an optional piece")
+
+    def _close(self, start: int) -> None:
+        if self._optional is None:
+            self._fail(start, "a lone ] closes nothing; write ]] for the bracket itself")
+        elif not any(isinstance(piece, Field) for piece in self._optional):
+            self._fail(self._optional_start, "an optional piece needs a field, whose emptiness makes it disappear")
+        else:
+            self._pieces.append(Optional(tuple(self._optional)))
+            self._optional = None
+
+    def _fail(self, place: int, what: str) -> None:
+        line = self._source.replace("\n", "↵").replace("\t", " ")
+        raise TemplateError(f"template, character {place + 1}: {what}\n  {line}\n  {' ' * place}^")

@@ -1,0 +1,339 @@
+"""The training loop, on accelerate: a short loop that can be read, stopped at any moment, and gone on with.
+
+What is trained is tiny, so the whole state is one file (`checkpoint`), and a resumed run ends bit for bit as the
+unbroken one does on one process: the order of examples follows from seed and epoch alone, the encoder's
+dropout from the saved random state. The loss of an optimizer step is weighted by what is supervised in it, so 1 x 8
+equals 8 x 1.
+
+Knows nothing of the command line or HTTP; what is shown while it runs is a `Reporter`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ptune.assembly import Parts, assemble
+from ptune.backbone import Backbone
+from ptune.batch import length_grouped_batches
+from ptune.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
+from ptune.config import RunConfig, TrainingConfig
+from ptune.data import Record
+from ptune.errors import MissingExtraError, TrainingError
+from ptune.reporting import Reporter
+from ptune.run_folder import RunFolder
+from ptune.soft_prompt import SoftPrompt
+from ptune.summary import summary
+
+_CONSTANT_SHARE = 0.98
+_DIVERGED = 2.0
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and has saved where it stands."""
+
+
+def train(
+    config: RunConfig,
+    *,
+    backbone: Backbone | None = None,
+    records: tuple[Sequence[Record], Sequence[Record]] | None = None,
+    reporter: Reporter | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> SoftPrompt:
+    """Train a soft prompt and save it in ``config.output``.
+
+    Args:
+        config: every setting of the run.
+        backbone: a loaded model, to save loading it; it is left as it was.
+        records: training and dev records already at hand; read as ``config.data`` says where absent.
+        reporter: what to show while it runs; nothing where absent.
+        resume: go on with the run that stopped in this folder.
+        overwrite: begin anew in a folder that holds another run.
+
+    Returns:
+        The soft prompt of the evaluation with the best metric, as saved.
+
+    Raises:
+        PtuneError: settings, data, model or folder cannot be used; nothing was written.
+        TrainingError: the loss is not a number, or no gradient reaches the prompt; the last checkpoint stands.
+        Stopped: by Ctrl-C or SIGTERM, after the step in hand; ``resume`` goes on.
+    """
+    reporter = reporter or Reporter()
+    with RunFolder(config, resume=resume, overwrite=overwrite) as folder:
+        accelerator = _accelerator(config, folder)
+        if backbone is None:
+            device = config.model.device if config.model.device != "auto" else str(accelerator.device)
+            backbone = Backbone.load(config.model.model_copy(update={"device": device}))
+        parts = assemble(config, backbone, records)
+        with parts.prompted:
+            return _Run(config, parts, accelerator, folder, reporter).finish()
+
+
+class _Run:
+    """One run from its first step, or from its checkpoint, to the saved soft prompt."""
+
+    def __init__(
+        self, config: RunConfig, parts: Parts, accelerator: Accelerator, folder: RunFolder, reporter: Reporter
+    ) -> None:
+        self.config, self.settings = config, config.training
+        self.parts, self.task, self.prompted = parts, parts.task, parts.prompted
+        self.accelerator, self.folder, self.reporter = accelerator, folder, reporter
+        torch.manual_seed(self.settings.seed)
+        if self.settings.gradient_checkpointing:
+            self.prompted.backbone.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(
+            self.prompted.encoder.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+        )
+        self.model, self.optimizer = accelerator.prepare(self.prompted, optimizer)
+        self.schedule = StepPlan(
+            [max(len(row.ids) for row in example.rows) for example in parts.train],
+            self.settings,
+            accelerator.num_processes,
+        )
+        self.progress = Progress()
+        self.best_rows: Tensor | None = None
+        self.random_state = random_state()
+        if folder.checkpoint.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        self.progress, self.best_rows, self.random_state = load_checkpoint(
+            self.folder.checkpoint, encoder=self.prompted.encoder, optimizer=self._bare_optimizer
+        )
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def finish(self) -> SoftPrompt:
+        """Train to the end and save the best soft prompt."""
+        self.reporter.started(self.config, self.parts, self.schedule.total_steps, self.progress.step)
+        if self.progress.step == 0:
+            self._evaluate()
+        with _stop_signal() as stop:
+            self._steps(stop)
+        if stop.is_set():
+            raise Stopped(f'stopped after step {self.progress.step}; "ptune train ... --resume" goes on')
+        return self._save()
+
+    def _steps(self, stop: threading.Event) -> None:
+        settings, last_save = self.settings, time.monotonic()
+        begun, seconds_before = time.monotonic(), self.progress.seconds
+        while self.progress.step < self.schedule.total_steps and not stop.is_set():
+            loss = self._step(self.progress.step)
+            self.progress.step += 1
+            self.progress.seconds = seconds_before + time.monotonic() - begun
+            self.random_state = random_state()
+            self.reporter.stepped(self.progress.step, loss, self.optimizer.param_groups[0]["lr"])
+            if self.progress.step % settings.logging_steps == 0:
+                self._track({"train_loss": loss})
+            if self.progress.step in self.schedule.evaluation_steps:
+                self._evaluate()
+                last_save = time.monotonic()
+            elif time.monotonic() - last_save >= 60 * settings.checkpoint_minutes:
+                self._checkpoint()
+                last_save = time.monotonic()
+            if settings.patience is not None and self.progress.evaluations_without_gain >= settings.patience:
+                self.reporter.stopped_early(self.progress.step, settings.patience)
+                break
+        if stop.is_set():
+            self._checkpoint()
+
+    def _step(self, step: int) -> float:
+        """Take one optimizer step and return its mean loss."""
+        set_random_state(self.random_state)  # evaluation and signals in between leave no trace
+        self.model.train()
+        learning_rate = self.settings.learning_rate * self.schedule.rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        window = self.schedule.window(step)  # one list of examples for each forward of this step, over all processes
+        weight = sum(self.parts.train[i].weight for batch in window for i in batch)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = window[rank::processes] or [window[0]]  # a process left without a batch goes along with weight 0
+        share = 0.0 if rank >= len(window) else processes / weight
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, batch in enumerate(mine, 1):
+            examples = [self.parts.train[i] for i in batch]
+            synchronised = nullcontext() if number == len(mine) else self.accelerator.no_sync(self.model)
+            with synchronised:
+                loss = self.task.loss(self.model, examples, self.prompted.backbone.tokenizer.pad_token_id)
+                self.accelerator.backward(loss * share)
+            total += loss.detach().float() * share / processes
+        mean = float(self.accelerator.reduce(total, "sum"))
+        norm = float(self.accelerator.clip_grad_norm_(self.prompted.encoder.parameters(), self.settings.max_grad_norm))
+        self._check(step, mean, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return mean
+
+    def _check(self, step: int, loss: float, gradient_norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            raise TrainingError(
+                f"at step {step + 1} the loss is {loss} and its gradient {gradient_norm}: lower training.learning_rate "
+                f"(now {self.settings.learning_rate:g}), or use model.dtype float32 or bfloat16 if it is float16"
+            )
+        if step == 0 and gradient_norm == 0.0:
+            raise TrainingError(
+                "no gradient reaches the virtual tokens at the first step; the loss does not depend on them"
+            )
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Score dev by the very path that serves, keep the best rows, save."""
+        self.prompted.eval()
+        self.prompted.use()
+        metrics = self.task.evaluate(self.prompted.backbone, self.parts.dev, batch_size=2 * self.settings.batch_size)
+        value, sign = metrics[self.task.metric], 1 if self.task.greater_is_better else -1
+        progress = self.progress
+        if progress.best_metric is None or sign * value > sign * progress.best_metric:
+            progress.best_metric, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
+            self.best_rows = self.prompted.rows().cpu().clone()
+        else:
+            progress.evaluations_without_gain += 1
+        progress.history.append({"step": progress.step, **metrics})
+        self.reporter.evaluated(progress.step, metrics, best=progress.best_step == progress.step)
+        self._track(metrics)
+        self._warn(metrics)
+        if self.settings.samples and progress.step:
+            some = self.parts.dev[: self.settings.samples]
+            answers = self.task.predict(self.prompted.backbone, some, batch_size=len(some))
+            self.reporter.sampled(some, answers)
+        self._checkpoint()
+
+    def _warn(self, metrics: dict[str, float]) -> None:
+        first = self.progress.history[0]
+        if self.progress.step and metrics.get("prediction_share", 0.0) >= _CONSTANT_SHARE:
+            self.reporter.warned(
+                "nearly all predictions are one label: the prompt has learnt nothing yet but the majority; "
+                "try another learning rate or seed, or more steps"
+            )
+        if self.progress.step and metrics["loss"] > _DIVERGED * first["loss"]:
+            self.reporter.warned(
+                f"dev loss is {metrics['loss']:.3f} and was {first['loss']:.3f} before training: it diverges; "
+                "lower training.learning_rate"
+            )
+
+    def _checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.folder.checkpoint,
+                encoder=self.prompted.encoder,
+                optimizer=self._bare_optimizer,
+                progress=self.progress,
+                best_rows=self.best_rows,
+                random_state=self.random_state,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _track(self, values: dict[str, float]) -> None:
+        self.folder.log({"step": self.progress.step, **values}, write=self.accelerator.is_main_process)
+        if self.settings.trackers:
+            self.accelerator.log(values, step=self.progress.step)
+
+    def _save(self) -> SoftPrompt:
+        assert self.best_rows is not None  # there is an evaluation before the first step
+        rows = self.best_rows
+        prompt = SoftPrompt(
+            rows=rows,
+            template=self.config.prompt.template,
+            task=self.config.task,
+            max_length=self.config.prompt.max_length,
+            overlong=self.task.renderer.overlong,
+            encoder=self.config.prompt.encoder,
+            backbone_name=self.config.model.name,
+            fingerprint=self.prompted.backbone.fingerprint(),
+            summary=summary(self.config, self.parts, self.progress, self.task),
+        )
+        if self.accelerator.is_main_process:
+            prompt.save(self.folder.path)
+        self.accelerator.wait_for_everyone()
+        if self.settings.trackers:
+            self.accelerator.end_training()
+        self.prompted.virtual_tokens.set_rows(self.prompted.first_virtual_id, rows.to(self.prompted.backbone.device))
+        self.reporter.finished(prompt, self.parts, self.progress)
+        return prompt
+
+
+class StepPlan:
+    """Which examples each step learns from, at which rate, and when dev is evaluated: all from settings and seed."""
+
+    def __init__(self, lengths: Sequence[int], settings: TrainingConfig, processes: int = 1) -> None:
+        self._lengths, self._settings = lengths, settings
+        self._window = settings.gradient_accumulation_steps * processes
+        batches = math.ceil(len(lengths) / settings.batch_size)
+        self.steps_per_epoch = math.ceil(batches / self._window)
+        self.total_steps = settings.max_steps or max(1, math.ceil(settings.epochs * self.steps_per_epoch))
+        count = min(settings.evaluations, self.total_steps)
+        self.evaluation_steps = {round(self.total_steps * k / count) for k in range(1, count + 1)}
+        self._epoch: int | None = None
+        self._batches: list[list[int]] = []
+
+    def window(self, step: int) -> list[list[int]]:
+        """Return the batches of one optimizer step, over all processes, as indices of examples."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
+            self._batches = length_grouped_batches(self._lengths, self._settings.batch_size, generator)
+            self._epoch = epoch
+        return self._batches[place * self._window : (place + 1) * self._window]
+
+    def rate(self, step: int) -> float:
+        """Return the share of the learning rate at a step: warm-up, then linear, cosine or constant."""
+        warmup = math.ceil(self._settings.warmup_ratio * self.total_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        rest = (step - warmup) / max(1, self.total_steps - warmup)
+        if self._settings.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * rest))
+        return 1.0 if self._settings.schedule == "constant" else 1 - rest
+
+
+def _accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
+    settings = config.training
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            cpu=config.model.device == "cpu",
+            log_with=list(settings.trackers) or None,
+            project_dir=str(folder.run),
+        )
+        if settings.trackers:
+            accelerator.init_trackers(folder.path.name)
+    except (ImportError, ValueError) as error:
+        raise MissingExtraError(
+            f"training.trackers {list(settings.trackers)}: {error}; install it, or leave trackers empty"
+        ) from error
+    return accelerator
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into an event while the block runs; a second Ctrl-C stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,126 @@
+"""The one idea: virtual tokens are tokens. Teaches a frozen model's input embedding what ids from V on mean.
+
+V is the number of rows of the backbone's input matrix. An id below V takes the frozen row, as ever; an id from V on
+takes a row of a table that belongs to whoever set it: a prompted model in training, or an engine with its prompts.
+
+Every module stays in its place: each `nn.Embedding` that shares the input matrix gets another ``forward`` on the
+instance while somebody is attached, and its own back afterwards. Names, tying, saving, quantised weights and device
+hooks are as they were. (Setting a wrapper by ``set_input_embeddings`` would give the same numbers, but makes
+``tie_weights`` fail on T5, BART and BERT, and ``save_pretrained`` write a folder that reloads with random embeddings.)
+
+Knows nothing of encoders, templates, tasks or training.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+_attached: WeakKeyDictionary[nn.Module, VirtualTokens] = WeakKeyDictionary()
+
+
+class VirtualTokens:
+    """The table of virtual tokens of one model, shared by all that use the model.
+
+    Get it by :meth:`attach`, and :meth:`detach` when done: the model is as before after the last user has left.
+    Id ranges are given once and never again, so that a cache keyed by ids cannot answer with another prompt's keys.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        matrix = input_embedding(model)
+        self.vocabulary_size: int = input_matrix(model).shape[0]
+        self._users = 0
+        self._next_id = self.vocabulary_size
+        self._segments: dict[int, Tensor] = {}
+        self._table: Tensor | None = None
+        self._row_of_id = torch.empty(0, dtype=torch.long)
+        self._modules = [m for m in model.modules() if m is matrix or getattr(m, "weight", None) is matrix.weight]
+        self._modules = [m for m in self._modules if isinstance(m, nn.Embedding) or m is matrix]
+        self._own_forward: list[Callable[..., Tensor] | None] = []
+
+    @classmethod
+    def attach(cls, model: nn.Module) -> VirtualTokens:
+        """Return the model's virtual tokens; the first user's call gives the embeddings their new ``forward``."""
+        tokens = _attached.get(model)
+        if tokens is None:
+            tokens = _attached[model] = cls(model)
+        if tokens._users == 0:
+            tokens._own_forward = [module.__dict__.get("forward") for module in tokens._modules]
+            for module in tokens._modules:
+                tokens._teach(module)
+        tokens._users += 1
+        return tokens
+
+    def detach(self) -> None:
+        """Leave the model; the last to leave gives the embeddings their own ``forward`` back."""
+        self._users -= 1
+        if self._users:
+            return
+        for module, own in zip(self._modules, self._own_forward, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own  # a device hook of accelerate had put its own forward there
+
+    def allocate(self, count: int) -> int:
+        """Return the first of ``count`` new ids, which no one else had or will have."""
+        first = self._next_id
+        self._next_id += count
+        return first
+
+    def set_rows(self, first_id: int, rows: Tensor) -> None:
+        """Let ids ``first_id ..`` mean ``rows`` ([P, H], any float dtype, with or without gradient)."""
+        if not self.vocabulary_size <= first_id <= self._next_id - len(rows):
+            raise ValueError(f"ids {first_id} to {first_id + len(rows) - 1} were never allocated")
+        self._segments[first_id] = rows
+        self._table = None
+
+    def release(self, first_id: int) -> None:
+        """Forget the rows of the range that starts at ``first_id``; its ids are not given again."""
+        self._segments.pop(first_id, None)
+        self._table = None
+
+    def _build_table(self) -> Tensor:
+        # Several ranges, freed ones between them: rows stand densely, and a second table finds them by id.
+        segments = self._segments
+        table = torch.cat(list(segments.values())) if len(segments) > 1 else next(iter(segments.values()))
+        row_of_id = torch.full((self._next_id - self.vocabulary_size,), -1, dtype=torch.long)
+        start = 0
+        for first, rows in segments.items():
+            offset = first - self.vocabulary_size
+            row_of_id[offset : offset + len(rows)] = torch.arange(start, start + len(rows))
+            start += len(rows)
+        self._row_of_id = row_of_id.to(table.device)
+        return table
+
+    def _teach(self, module: nn.Module) -> None:
+        frozen_rows = module.forward
+
+        @functools.wraps(frozen_rows)
+        def forward(input_ids: Tensor) -> Tensor:
+            if not self._segments:
+                return frozen_rows(input_ids)
+            if self._table is None:
+                self._table = self._build_table()
+            virtual = input_ids >= self.vocabulary_size
+            words = frozen_rows(input_ids.masked_fill(virtual, 0))
+            offsets = (input_ids - self.vocabulary_size).clamp(min=0)
+            rows = self._row_of_id.to(input_ids.device)[offsets].masked_fill(~virtual, 0)
+            table = self._table.to(device=words.device, dtype=words.dtype)
+            return torch.where(virtual.unsqueeze(-1), nn.functional.embedding(rows, table), words)
+
+        module.forward = forward
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """Return the module that holds the model's input matrix ``[V, H]``."""
+    return model.get_input_embeddings()  # type: ignore[operator]
+
+
+def input_matrix(model: nn.Module) -> Tensor:
+    """Return the model's input matrix ``[V, H]``."""
+    return input_embedding(model).weight  # type: ignore[return-value]

@@ -1,0 +1,266 @@
+"""The loop: it learns, resumes to the last bit after any kill, refuses what cannot be, leaves the backbone alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer
+
+from ptune.assembly import Parts
+from ptune.backbone import Backbone
+from ptune.checkpoint import Progress
+from ptune.config import RunConfig
+from ptune.errors import ConfigError, OutputError, TrainingError
+from ptune.reporting import Reporter
+from ptune.soft_prompt import SoftPrompt
+from ptune.training import StepPlan, Stopped, train
+
+WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and two small sets of records, on disk."""
+    folder = tmp_path_factory.mktemp("training")
+    model = tiny_model("llama")
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    chance = random.Random(0)
+    for name, count in (("train", 48), ("dev", 24)):
+        rows = []
+        for _ in range(count):
+            good = chance.random() < 0.5
+            text = " ".join(chance.sample(WORDS, chance.randint(1, 5)) + ["great" if good else "terrible"])
+            label, output = ("positive", "good") if good else ("negative", "bad")
+            rows.append({"text": text, "label": label, "output": output})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def settings(folder: Path, output: Path, **training: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": str(folder / "model"),
+            "data": {"train": str(folder / "train.jsonl"), "dev": str(folder / "dev.jsonl")},
+            "task": {"type": "classification", "verbalizer": {"positive": " good", "negative": " bad"}},
+            "prompt": {
+                "template": "{text}[P*4]{answer}",
+                "encoder": {"type": "mlp", "hidden_size": 16, "dropout": 0.1},
+            },
+            "training": {"max_steps": 12, "batch_size": 4, "gradient_accumulation_steps": 2, "evaluations": 3}
+            | training,
+            "output": str(output),
+        }
+    )
+
+
+class Listener(Reporter):
+    """Remembers what it hears."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.metrics: list[dict[str, float]] = []
+        self.warnings: list[str] = []
+
+    def stepped(self, step: int, loss: float, learning_rate: float) -> None:
+        self.losses.append(loss)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float], *, best: bool) -> None:
+        self.metrics.append(dict(metrics))
+
+    def warned(self, sentence: str) -> None:
+        self.warnings.append(sentence)
+
+    def finished(self, prompt: SoftPrompt, parts: Parts, progress: Progress) -> None:
+        self.progress = progress
+
+
+def _hashes(model: torch.nn.Module) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def test_a_run_learns_and_moves_no_bit_of_the_backbone(folder: Path, tmp_path: Path) -> None:
+    backbone = Backbone.load(str(folder / "model"))
+    before = _hashes(backbone.model)
+    listener = Listener()
+    config = settings(folder, tmp_path / "prompt", max_steps=60, learning_rate=0.02)
+    prompt = train(config, backbone=backbone, reporter=listener)
+    assert _hashes(backbone.model) == before
+    assert listener.metrics[-1]["loss"] < listener.metrics[0]["loss"] - 0.1
+    assert prompt.summary["after"]["accuracy"] > prompt.summary["before"]["accuracy"]
+    assert torch.equal(SoftPrompt.load(config.output).rows, prompt.rows)
+
+
+def test_the_saved_prompt_is_the_best_evaluation_not_the_last(folder: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    config = settings(folder, tmp_path / "prompt", max_steps=20, learning_rate=3.0, schedule="constant", evaluations=10)
+    prompt = train(config, reporter=listener)
+    best = max(listener.metrics, key=lambda metrics: metrics["accuracy"])
+    assert prompt.summary["after"]["accuracy"] == best["accuracy"]
+
+
+def test_the_same_seed_gives_the_same_prompt_and_another_seed_another(folder: Path, tmp_path: Path) -> None:
+    one, same, other = (
+        train(settings(folder, tmp_path / name, seed=seed)).rows for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_accumulation_weighs_tokens_so_that_one_by_eight_is_eight_by_one(folder: Path, tmp_path: Path) -> None:
+    plans = []
+    for name, batch_size, accumulation in (("a", 1, 8), ("b", 8, 1)):
+        values = settings(folder, tmp_path / name).model_dump(mode="json")
+        values["task"] = {"type": "generation"}
+        values["prompt"]["encoder"]["dropout"] = 0.0
+        values["data"]["limit"] = 8
+        values["training"] |= {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "max_steps": 5}
+        listener = Listener()
+        rows = train(RunConfig.model_validate(values), reporter=listener).rows
+        plans.append((rows, listener.losses))
+    torch.testing.assert_close(plans[0][0], plans[1][0], rtol=1e-4, atol=1e-6)
+    assert plans[0][1] == pytest.approx(plans[1][1], rel=1e-5)
+
+
+SCRIPT = """
+import sys
+from ptune.config_file import load_config
+from ptune.training import train
+train(load_config(sys.argv[1]), resume=sys.argv[2] == "resume")
+"""
+
+
+def _spawn(config: Path, mode: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(config), mode], env=environment, stderr=subprocess.PIPE)
+
+
+def test_after_kills_at_random_moments_a_resumed_run_ends_as_the_unbroken_one(folder: Path, tmp_path: Path) -> None:
+    from ptune.config_file import config_yaml
+
+    unbroken = settings(folder, tmp_path / "unbroken", max_steps=40, checkpoint_minutes=1e-9)
+    whole = train(unbroken).rows
+    broken = unbroken.model_copy(update={"output": tmp_path / "broken"})
+    file = tmp_path / "config.yaml"
+    file.write_text(config_yaml(broken), encoding="utf-8")
+    chance, kills = random.Random(7), 0
+    checkpoint = broken.output / "run" / "checkpoint.safetensors"
+    for attempt in range(40):
+        process = _spawn(file, "resume" if (broken.output / "run" / "config.yaml").exists() else "new")
+        # the first moments are imports; wait until this attempt writes, then strike somewhere in a step or a save
+        seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen):
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.15)
+        if process.poll() is None and attempt < 5:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+        if process.returncode == 0:
+            break
+    assert kills >= 3
+    assert torch.equal(SoftPrompt.load(broken.output).rows, whole)
+
+
+def test_ctrl_c_saves_and_resume_goes_on(folder: Path, tmp_path: Path) -> None:
+    class Interrupting(Reporter):
+        def stepped(self, step: int, loss: float, learning_rate: float) -> None:
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole = train(settings(folder, tmp_path / "whole")).rows
+    config = settings(folder, tmp_path / "stopped")
+    with pytest.raises(Stopped, match=r"stopped after step 5; .*--resume"):
+        train(config, reporter=Interrupting())
+    assert not (config.output / "ptune.json").exists()
+    assert torch.equal(train(config, resume=True).rows, whole)
+
+
+def test_a_folder_with_another_run_is_refused_and_overwritten_only_when_asked(folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, tmp_path / "prompt", max_steps=1)
+    first = train(config)
+    with pytest.raises(OutputError, match="another run; choose another --output, or --resume it, or --overwrite it"):
+        train(config)
+    again = train(config, overwrite=True)
+    assert torch.equal(first.rows, again.rows)
+
+
+def test_resume_with_other_settings_names_them(folder: Path, tmp_path: Path) -> None:
+    train(settings(folder, tmp_path / "prompt", max_steps=1))
+    with pytest.raises(ConfigError, match=r"training\.learning_rate, training\.seed differ"):
+        train(settings(folder, tmp_path / "prompt", max_steps=1, seed=5, learning_rate=0.1), resume=True)
+
+
+def test_nothing_to_resume_and_foreign_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="holds no run to resume"):
+        train(settings(folder, tmp_path / "none"), resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"holds thesis\.txt"):
+        train(settings(folder, tmp_path / "mine"))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_mend(folder: Path, tmp_path: Path) -> None:
+    backbone = Backbone.load(str(folder / "model"))
+    config = settings(folder, tmp_path / "prompt", learning_rate=1e38, schedule="constant", warmup_ratio=0.0)
+    with pytest.raises(TrainingError, match=r"at step \d+ the loss is .* lower training\.learning_rate"):
+        train(config, backbone=backbone)
+    assert (config.output / "run" / "checkpoint.safetensors").exists()
+
+
+def test_constant_predictions_and_divergence_are_warned_of(folder: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    config = settings(folder, tmp_path / "prompt", learning_rate=50.0, schedule="constant", max_steps=30)
+    train(config, reporter=listener)
+    assert any("diverges" in warning or "majority" in warning for warning in listener.warnings)
+
+
+def test_early_stopping_counts_evaluations_without_gain(folder: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    config = settings(folder, tmp_path / "prompt", learning_rate=1e-9, max_steps=40, evaluations=20, patience=2)
+    train(config, reporter=listener)
+    assert listener.progress.step == 4
+
+
+def test_starting_from_another_prompt_takes_its_rows(folder: Path, tmp_path: Path) -> None:
+    first = train(settings(folder, tmp_path / "first", learning_rate=0.02))
+    values = settings(folder, tmp_path / "second", max_steps=1, learning_rate=1e-12).model_dump(mode="json")
+    values["prompt"]["start"] = {"method": "prompt", "prompt": str(tmp_path / "first")}
+    second = train(RunConfig.model_validate(values))
+    torch.testing.assert_close(second.rows, first.rows, rtol=1e-5, atol=1e-6)
+
+
+def test_every_example_is_seen_once_an_epoch_and_rates_warm_up_and_fall() -> None:
+    from ptune.config import TrainingConfig
+
+    settings = TrainingConfig(batch_size=4, gradient_accumulation_steps=2, epochs=2, warmup_ratio=0.25)
+    plan = StepPlan(list(range(1, 24)), settings)
+    assert (plan.steps_per_epoch, plan.total_steps) == (3, 6)
+    seen = [index for step in range(3) for batch in plan.window(step) for index in batch]
+    assert sorted(seen) == list(range(23))
+    rates = [plan.rate(step) for step in range(6)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] > 0
+
+
+def test_gradient_checkpointing_gives_the_same_prompt(folder: Path, tmp_path: Path) -> None:
+    plain = train(settings(folder, tmp_path / "plain")).rows
+    recomputed = train(settings(folder, tmp_path / "recomputed", gradient_checkpointing=True)).rows
+    torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
