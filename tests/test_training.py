@@ -218,7 +218,7 @@ def test_nothing_to_resume_and_foreign_folders_are_refused(folder: Path, tmp_pat
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_mend(folder: Path, tmp_path: Path) -> None:
     backbone = Backbone.load(str(folder / "model"))
-    config = settings(folder, tmp_path / "prompt", learning_rate=1e38, schedule="constant", warmup_ratio=0.0)
+    config = settings(folder, tmp_path / "prompt", learning_rate=1e30, schedule="constant", warmup_ratio=0.0)
     with pytest.raises(TrainingError, match=r"at step \d+ the loss is .* lower training\.learning_rate"):
         train(config, backbone=backbone)
     assert (config.output / "run" / "checkpoint.safetensors").exists()

@@ -61,27 +61,26 @@ def assemble(
     """
     template = parse_template(config)
     train, dev = records or read_records(config, template)
-    renderer = build_renderer(config, template, backbone)
-    task = build_task(config.task, renderer)
-    # Records are rendered before anything is attached, so that a mistake in one leaves the backbone alone.
-    examples = [task.example(record) for record in train]
-    kept = [example for example in examples if example is not None]
-    if not kept:
-        raise DataError(
-            f"all {len(examples)} training records are longer than max_length {config.prompt.max_length}; raise it"
-        )
     encoder = build_encoder(config.prompt.encoder, start_rows(config, backbone, template), config.training.seed)
     prompted = PromptedModel(backbone, encoder)
-    if prompted.first_virtual_id != renderer.first_virtual_id:  # others hold virtual tokens of this backbone, too
-        task = task.with_renderer(renderer.with_first_virtual_id(prompted.first_virtual_id))
-        kept = [example for record in train if (example := task.example(record)) is not None]
+    try:
+        renderer = build_renderer(config, template, backbone)
+        task = build_task(config.task, renderer.with_first_virtual_id(prompted.first_virtual_id))
+        examples = [example for record in train if (example := task.example(record)) is not None]
+        if not examples:
+            raise DataError(
+                f"all {len(train)} training records are longer than max_length {config.prompt.max_length}; raise it"
+            )
+    except BaseException:
+        prompted.close()
+        raise
     return Parts(
         prompted=prompted,
         task=task,
-        train=kept,
+        train=examples,
         dev=list(dev),
-        dropped=len(examples) - len(kept),
-        cut=sum(any(row.cut for row in example.rows) for example in kept),
+        dropped=len(train) - len(examples),
+        cut=sum(any(row.cut for row in example.rows) for example in examples),
         data_hash=data_hash(train),
     )
 

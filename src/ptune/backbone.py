@@ -158,7 +158,9 @@ class Backbone:
         """
         if self.model.training:
             self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
-        arguments = self.inputs(input_ids, attention_mask)
+        device = self.device
+        arguments = self.inputs(input_ids.to(device), attention_mask.to(device))
+        positions = None if positions is None else positions.to(device)
         with _head_at(self.model, positions), _recomputing(self._recomputed):
             logits: Tensor = self.model(**arguments, use_cache=False).logits
         return logits
@@ -188,7 +190,7 @@ class Backbone:
         next_labels = next_token_labels(labels)
         supervised = next_labels != IGNORED
         logits = self.logits(input_ids, attention_mask, supervised)  # [N, V]
-        return summed_loss(logits, next_labels[supervised])
+        return summed_loss(logits, next_labels[supervised].to(logits.device))
 
     def enable_gradient_checkpointing(self, **settings: Any) -> None:
         """Keep no activations inside the layers, and compute them again in the backward pass.

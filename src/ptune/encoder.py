@@ -113,7 +113,7 @@ class PromptEncoder(nn.Module):
                 "leave dropout out, or use build_encoder, which honours it"
             )
         config = EncoderConfig(
-            type=kind,  # type: ignore[arg-type]
+            type=kind,
             hidden_size=hidden_size,
             num_layers=num_layers,
             dropout=dropout,

@@ -1,0 +1,267 @@
+"""Generation on a backbone whose contexts hold virtual tokens: transformers' ``generate``, in batches of like length.
+
+Virtual tokens have no column in the logits, so none is ever generated. What looks at the ids said so far (penalties on
+repeating) is shown the text alone, for a virtual token has no word either.
+
+Knows nothing of tasks, templates or training. Shapes: B batch, T tokens, V rows of the backbone's input matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import transformers
+from pydantic import Field, field_validator
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ptune.backbone import Backbone
+from ptune.config import Settings
+from ptune.errors import BackboneError
+
+_UNFINISHED = "�"  # what a tokenizer gives for bytes that do not make a character yet
+
+
+class GenerationOptions(Settings):
+    """How to decode. The names and meanings are those of transformers."""
+
+    max_new_tokens: int = Field(128, gt=0)
+    do_sample: bool = False
+    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
+    top_k: int = Field(0, ge=0, description="0 keeps all tokens.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty stop text would stop at once; leave it out")
+        return value
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One continuation.
+
+    Attributes:
+        ids: of the new tokens, without the end token.
+        text: what they say, up to a stop text.
+        finished: ``stop`` at the end token or a stop text, ``length`` at the limit.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    finished: Literal["stop", "length"]
+
+
+def generate(
+    backbone: Backbone,
+    contexts: Sequence[Sequence[int]],
+    options: GenerationOptions | None = None,
+    *,
+    batch_size: int = 16,
+    on_text: Callable[[int, str], None] | None = None,
+    use_cache: bool = True,
+) -> list[Generated]:
+    """Continue contexts of ids, virtual ones among them, whose rows stand in the backbone's table.
+
+    Args:
+        backbone: the frozen model.
+        contexts: ids of each; any mix of lengths and of soft prompts.
+        options: how to decode; greedy where absent.
+        batch_size: contexts decoded at once.
+        on_text: gets a context's number and each piece of its text as it comes, never half a character.
+        use_cache: keep keys and values; without it the same answers come more slowly.
+
+    Returns:
+        One continuation a context, in their order.
+
+    Raises:
+        BackboneError: a context, its virtual tokens counted, leaves no room in the backbone's limit.
+    """
+    options = options or GenerationOptions()
+    order = sorted(range(len(contexts)), key=lambda number: -len(contexts[number]))
+    results: dict[int, Generated] = {}
+    seeded = torch.random.fork_rng() if options.seed is not None else nullcontext()
+    with seeded:
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            batch = [list(contexts[number]) for number in numbers]
+            listener = _numbered(on_text, numbers) if on_text else None
+            results |= zip(numbers, _generate_batch(backbone, batch, options, listener, use_cache), strict=True)
+    return [results[number] for number in range(len(contexts))]
+
+
+def _generate_batch(
+    backbone: Backbone,
+    contexts: list[list[int]],
+    options: GenerationOptions,
+    on_text: Callable[[int, str], None] | None,
+    use_cache: bool,
+) -> list[Generated]:
+    longest = max(map(len, contexts))
+    new = options.max_new_tokens
+    if backbone.context_limit is not None:
+        new = min(new, backbone.context_limit - longest)
+        if new < 1:
+            raise BackboneError(
+                f"the context has {longest} tokens, virtual ones counted, and {backbone.name} takes "
+                f"{backbone.context_limit}: no room for an answer; shorten the text"
+            )
+    pad = backbone.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(context)) + context for context in contexts])  # [B, T], pads on the left
+    mask = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts])
+    follower = _Follower(backbone, longest, len(contexts), options.stop, on_text)
+    processors, warpers = _processors(options, mask, backbone.vocabulary_size)
+    settings = transformers.GenerationConfig(
+        max_new_tokens=new,
+        use_cache=use_cache,
+        pad_token_id=pad,
+        eos_token_id=sorted(follower.end_ids),
+        bos_token_id=backbone.tokenizer.bos_token_id,
+        do_sample=options.do_sample and options.temperature > 0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        **warpers,
+    )
+    with torch.no_grad():
+        output = backbone.model.generate(
+            ids.to(backbone.device),
+            attention_mask=mask.to(backbone.device),
+            generation_config=settings,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([follower] if on_text or options.stop else []),
+        )
+    return [follower.result(number, row) for number, row in enumerate(output[:, longest:].tolist())]
+
+
+def _processors(
+    options: GenerationOptions, mask: Tensor, vocabulary_size: int
+) -> tuple[LogitsProcessorList, dict[str, Any]]:
+    """Return processors of ours, and the settings that are left to transformers.
+
+    transformers runs processors of the caller behind its own temperature and cuts. Where a penalty is ours, those
+    become ours as well, so that their order stays: penalties, temperature, top_k, top_p, min_p.
+    """
+    own = LogitsProcessorList()
+    pads = (mask == 0).sum(-1).tolist()
+    if options.repetition_penalty != 1.0:
+        own.append(_OnText(RepetitionPenaltyLogitsProcessor(options.repetition_penalty), vocabulary_size, pads))
+    if options.no_repeat_ngram_size:
+        own.append(_OnText(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size), vocabulary_size, pads))
+    if not (options.do_sample and options.temperature > 0):
+        return own, {}
+    if not own:
+        return own, {
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+            "min_p": options.min_p or None,
+        }
+    if options.temperature != 1.0:
+        own.append(TemperatureLogitsWarper(options.temperature))
+    if options.top_k:
+        own.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1.0:
+        own.append(TopPLogitsWarper(options.top_p))
+    if options.min_p:
+        own.append(MinPLogitsWarper(options.min_p))
+    return own, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+class _OnText(LogitsProcessor):
+    """A processor that is shown each row's text alone: neither its pads nor its virtual tokens."""
+
+    def __init__(self, inner: LogitsProcessor, vocabulary_size: int, pads: list[int]) -> None:
+        self._inner, self._vocabulary_size, self._pads = inner, vocabulary_size, pads
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = []
+        for ids, row, pads in zip(input_ids, scores, self._pads, strict=True):
+            text = ids[pads:]
+            rows.append(self._inner(text[text < self._vocabulary_size][None], row[None]))
+        return torch.cat(rows)
+
+
+class _Follower(StoppingCriteria):
+    """Reads along while rows grow: hands out finished text, and stops a row at a stop text."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        context_length: int,
+        count: int,
+        stop: tuple[str, ...],
+        on_text: Callable[[int, str], None] | None,
+    ) -> None:
+        self._tokenizer = backbone.tokenizer
+        self._context_length, self._stop, self._on_text = context_length, stop, on_text
+        configured = getattr(backbone.model.generation_config, "eos_token_id", None)
+        configured = configured if isinstance(configured, list) else [configured]
+        self.end_ids = {i for i in (*configured, backbone.tokenizer.eos_token_id) if i is not None}
+        self._shown = [0] * count
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        stopped = []
+        for number, row in enumerate(input_ids[:, self._context_length :].tolist()):
+            text, found = self._cut(self._text(self._spoken(row)[0]))
+            self._show(number, text, whole=found)
+            stopped.append(found)
+        return torch.tensor(stopped, device=input_ids.device)
+
+    def result(self, number: int, row: list[int]) -> Generated:
+        """Return a finished row's continuation, and hand out what of its text was still held back."""
+        ids, ended = self._spoken(row)
+        text, found = self._cut(self._text(ids))
+        self._show(number, text, whole=True)
+        return Generated(tuple(ids), text, "stop" if ended or found else "length")
+
+    def _spoken(self, row: list[int]) -> tuple[list[int], bool]:
+        for place, token in enumerate(row):
+            if token in self.end_ids:
+                return row[:place], True
+        return row, False
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _cut(self, text: str) -> tuple[str, bool]:
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        return (text[: min(places)], True) if places else (text, False)
+
+    def _show(self, number: int, text: str, *, whole: bool) -> None:
+        if self._on_text is None:
+            return
+        if not whole:  # the end of it may yet become another character, or a stop text
+            text = text.rstrip(_UNFINISHED)
+            text = text[: len(text) - max(map(len, self._stop), default=1) + 1]
+        if len(text) > self._shown[number]:
+            self._on_text(number, text[self._shown[number] :])
+            self._shown[number] = len(text)
+
+
+def _numbered(on_text: Callable[[int, str], None], numbers: list[int]) -> Callable[[int, str], None]:
+    return lambda place, text: on_text(numbers[place], text)

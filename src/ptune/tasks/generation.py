@@ -1,0 +1,131 @@
+"""Free text: a record is answered by words, learnt token by token and written by ``generate``.
+
+Metrics are the loss in nats a token with its perplexity, and where the task chooses by one of them ROUGE-L, BLEU or
+exact match, which need every dev record to be answered.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptune.backbone import Backbone
+from ptune.batch import collate
+from ptune.config import GenerationConfig
+from ptune.errors import DataError, MissingExtraError, did_you_mean
+from ptune.generation import GenerationOptions, generate
+from ptune.rendering import Renderer, Row
+from ptune.tasks.task import Example, Forward, Task
+
+# Scripts that write no blanks between words: every character counts as one.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
+_HAN = re.compile(r"[\u4e00-\u9fff]")
+
+
+class Generation(Task):
+    """A record is answered by text."""
+
+    config: GenerationConfig
+
+    def __init__(self, config: GenerationConfig, renderer: Renderer) -> None:
+        super().__init__(config, renderer)
+        self.metric = config.metric
+        self.greater_is_better = config.metric != "loss"
+
+    def answer(self, record: Mapping[str, Any]) -> str:
+        """Return the record's answer as it stands.
+
+        Raises:
+            DataError: the record lacks it.
+        """
+        field = self.config.answer_field
+        if not isinstance(record.get(field), str):
+            location, known = getattr(record, "location", "a record"), [str(key) for key in record]
+            raise DataError(
+                f'{location} has no answer: it lacks text in the field "{field}" and has {", ".join(known)}; '
+                f"name the right one as task.answer_field.{did_you_mean(field, known)}"
+            )
+        return str(record[field])
+
+    def example(self, record: Mapping[str, Any]) -> Example | None:
+        """Return a record as one row whose answer is supervised; one that is tokenised already as it is."""
+        tokenised = "input_ids" in record and self.config.answer_field not in record
+        row = self.renderer.tokenised_row(record) if tokenised else self.renderer.row(record, self.answer(record))
+        return None if row is None else Example((row,), None, weight=_supervised(row))
+
+    def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
+        """Return the cross-entropy summed over supervised tokens."""
+        batch = collate([example.rows[0] for example in examples], pad_id)
+        return forward(batch.input_ids, batch.attention_mask, labels=batch.labels)
+
+    def predict(
+        self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
+    ) -> list[dict[str, Any]]:
+        """Return for each record its ``text``, greedily decoded, and whether it ended by itself (``finished``)."""
+        contexts = [self.renderer.context(record) for record in records]
+        options = GenerationOptions(max_new_tokens=self.config.max_new_tokens)
+        answers = generate(backbone, contexts, options, batch_size=batch_size)
+        return [{"text": answer.text, "finished": answer.finished} for answer in answers]
+
+    def evaluate(
+        self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
+    ) -> dict[str, float]:
+        """Return loss, perplexity, and the metric that the task chooses by.
+
+        Raises:
+            MissingExtraError: BLEU is asked for and sacrebleu is not installed.
+        """
+        examples = [example for record in records if (example := self.example(record)) is not None]
+        examples.sort(key=lambda example: -len(example.rows[0].ids))
+        total, pad_id = 0.0, backbone.tokenizer.pad_token_id
+        with torch.no_grad():
+            for start in range(0, len(examples), batch_size):
+                total += float(self.loss(backbone, examples[start : start + batch_size], pad_id))
+        loss = total / sum(example.weight for example in examples)
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if self.metric != "loss":
+            texts = [answer["text"] for answer in self.predict(backbone, records, batch_size=batch_size)]
+            metrics[self.metric] = score_texts(self.metric, texts, [self.answer(record) for record in records])
+        return metrics
+
+
+def score_texts(metric: str, texts: Sequence[str], references: Sequence[str]) -> float:
+    """Return ``rouge_l``, ``bleu`` (0 to 100) or ``exact_match`` of texts against one reference each.
+
+    Raises:
+        MissingExtraError: BLEU needs sacrebleu.
+    """
+    pairs = list(zip(texts, references, strict=True))
+    if metric == "exact_match":
+        return sum(text.strip() == reference.strip() for text, reference in pairs) / len(pairs)
+    if metric == "rouge_l":
+        return math.fsum(rouge_l(text, reference) for text, reference in pairs) / len(pairs)
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise MissingExtraError("task.metric bleu needs sacrebleu: pip install ptune[metrics]") from error
+    tokenizer = "zh" if any(_HAN.search(reference) for reference in references) else "13a"
+    return float(sacrebleu.corpus_bleu(list(texts), [list(references)], tokenize=tokenizer).score)
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """Return the F1 of the longest common subsequence of words (Lin 2004, section 3); Han characters count as words."""
+    ours, theirs = _WORD.findall(text.lower()), _WORD.findall(reference.lower())
+    if not ours or not theirs:
+        return float(ours == theirs)
+    before = [0] * (len(theirs) + 1)
+    for word in ours:
+        row = [0]
+        for place, other in enumerate(theirs, 1):
+            row.append(before[place - 1] + 1 if word == other else max(before[place], row[-1]))
+        before = row
+    return 2 * before[-1] / (len(ours) + len(theirs))
+
+
+def _supervised(row: Row) -> int:
+    return sum(label >= 0 for label in row.labels[1:])

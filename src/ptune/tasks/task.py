@@ -1,0 +1,95 @@
+"""What a task is: how a record becomes an example, what is lost on it, how it is answered and scored.
+
+Another task is another file beside this one and a line in the registry. Knows nothing of the training loop.
+Shapes: B batch, T tokens, N chosen positions, V rows of the backbone's input matrix.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ptune.backbone import Backbone
+from ptune.config import Settings
+from ptune.rendering import Renderer, Row
+
+
+class Forward(Protocol):
+    """The one call that a task makes on a model: `Backbone.__call__` and `PromptedModel.forward`."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return the summed loss for labels, or logits ``[N, V]`` after positions."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A record made ready to learn from.
+
+    Attributes:
+        rows: the sequences that the model reads for it.
+        target: what is right, as the task keeps it.
+        weight: what its summed loss is divided by, with that of all others of an optimizer step.
+    """
+
+    rows: tuple[Row, ...]
+    target: Any
+    weight: int
+
+
+class Task(ABC):
+    """A task bound to a template, a tokenizer and the ids of its virtual tokens."""
+
+    metric: str
+    """Name of the metric that chooses the best checkpoint."""
+    greater_is_better: bool = True
+
+    def __init__(self, config: Settings, renderer: Renderer) -> None:
+        self.config = config
+        self.renderer = renderer
+
+    def with_renderer(self, renderer: Renderer) -> Task:
+        """Return the same task on another renderer."""
+        return type(self)(self.config, renderer)
+
+    @abstractmethod
+    def answer(self, record: Mapping[str, Any]) -> str:
+        """Return the text that would be right for a record.
+
+        Raises:
+            DataError: the record has no answer, or one that the task does not know.
+        """
+
+    @abstractmethod
+    def example(self, record: Mapping[str, Any]) -> Example | None:
+        """Return a record as an example, or None where ``overlong`` drops it.
+
+        Raises:
+            DataError: the record lacks a field or its answer.
+        """
+
+    @abstractmethod
+    def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
+        """Return the loss summed over examples, a scalar; divide it by the sum of their weights."""
+
+    @abstractmethod
+    def predict(
+        self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int
+    ) -> list[dict[str, Any]]:
+        """Answer records, in order. The backbone's table must hold the virtual tokens."""
+
+    @abstractmethod
+    def evaluate(
+        self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int
+    ) -> dict[str, float]:
+        """Score answers against records that hold the right ones: ``loss`` and the task's metrics."""
