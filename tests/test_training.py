@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_mend(folder: Pa
 
 def test_constant_predictions_and_divergence_are_warned_of(folder: Path, tmp_path: Path) -> None:
     listener = Listener()
-    config = settings(folder, tmp_path / "prompt", learning_rate=50.0, schedule="constant", max_steps=30)
+    config = settings(folder, tmp_path / "prompt", learning_rate=1e4, schedule="constant", max_steps=30)
     train(config, reporter=listener)
     assert any("diverges" in warning or "majority" in warning for warning in listener.warnings)
 

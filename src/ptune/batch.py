@@ -1,19 +1,16 @@
-"""Rows of ids and labels -> padded batches, and which rows go together.
+"""Rows of ids and labels, padded batches of them, and which rows go together.
 
-Knows nothing of templates, tokenizers or models: a row is anything with ``ids`` and ``labels``.
+Knows nothing of templates, tokenizers or models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ptune.rendering import Row
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
@@ -21,6 +18,21 @@ IGNORED = -100  # the label that torch's cross-entropy leaves out
 # batches of 16: 3% to 9% more than the texts themselves (unsorted 90% to 180%), and hardly a batch that comes again in
 # the next epoch; one pool of all pads 1% to 7%, but repeats up to a quarter of the batches.
 _POOL = 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence of ids with what is learnt from it.
+
+    Attributes:
+        ids: of text and virtual tokens.
+        labels: of the same length: the id itself where it is learnt, `IGNORED` elsewhere.
+        cut: how many text tokens were left out.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    cut: int = 0
 
 
 @dataclass(frozen=True)

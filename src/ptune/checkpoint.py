@@ -112,7 +112,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
-    """Set what `random_state` returned."""
+    """Set what `random_state` returned: one state of shape [bytes] a generator."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -22,28 +22,13 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ptune.batch import IGNORED
+from ptune.batch import IGNORED, Row
 from ptune.config import label_text
 from ptune.errors import DataError, TemplateError, did_you_mean
 from ptune.template import Answer, Bos, Field, Piece, Template, Text, Virtual
 
 Overlong = Literal["cut", "drop", "error"]
 Kind = Literal["virtual", "special", "text", "answer"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence of ids with what is learnt from it.
-
-    Attributes:
-        ids: of text and virtual tokens.
-        labels: of the same length: the id itself where it is learnt, `IGNORED` elsewhere.
-        cut: how many text tokens were left out.
-    """
-
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    cut: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptune.backbone import Backbone, at_least_float32
-from ptune.batch import IGNORED, collate
+from ptune.batch import IGNORED, Row, collate
 from ptune.config import ClassificationConfig, label_text
 from ptune.errors import ConfigError, DataError, did_you_mean
-from ptune.rendering import Renderer, Row
+from ptune.rendering import Renderer
 from ptune.tasks.task import Example, Forward, Task
 
 

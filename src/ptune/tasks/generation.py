@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ptune.backbone import Backbone
-from ptune.batch import collate
+from ptune.batch import Row, collate
 from ptune.config import GenerationConfig
 from ptune.errors import DataError, MissingExtraError, did_you_mean
 from ptune.generation import GenerationOptions, generate
-from ptune.rendering import Renderer, Row
+from ptune.rendering import Renderer
 from ptune.tasks.task import Example, Forward, Task
 
 # Scripts that write no blanks between words: every character counts as one.

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ptune.backbone import Backbone
+from ptune.batch import Row
 from ptune.config import Settings
-from ptune.rendering import Renderer, Row
+from ptune.rendering import Renderer
 
 
 class Forward(Protocol):
