@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -213,23 +214,28 @@ class Backbone:
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells this backbone from others, the same for every load dtype: JSON of a few hundred bytes.
 
-        Named config fields, and a fixed sample of the input matrix rounded to bfloat16.
+        Named config fields, a fixed sample of the input matrix rounded to bfloat16, and by how many octaves the
+        embedding module scales it: for Gemma that moved into the module between versions of transformers, and with it
+        what virtual tokens mean.
         """
         config = self.model.config.get_text_config()
         rows = torch.linspace(0, self.vocabulary_size - 1, _FINGERPRINT_ROWS).long()
-        weight = input_matrix(self.model)[rows.to(self.device), :_FINGERPRINT_COLUMNS]
+        weight = input_matrix(self.model)[rows.to(self.device)].detach().float()
+        scaled = self.embeddings(rows).norm() / weight.norm()
         return {
             "config": {field: getattr(config, field, None) for field in _FINGERPRINT_FIELDS},
-            "rows": weight.detach().to(torch.bfloat16).float().flatten().tolist(),
+            "octaves": round(math.log2(float(scaled))),
+            "rows": weight[:, :_FINGERPRINT_COLUMNS].to(torch.bfloat16).float().flatten().tolist(),
         }
 
     def matches(self, fingerprint: dict[str, Any]) -> bool:
         """Whether a fingerprint is this backbone's, to the rounding of half precision."""
         own = self.fingerprint()
-        if own["config"] != fingerprint.get("config") or len(own["rows"]) != len(fingerprint.get("rows", ())):
+        if any(own[part] != fingerprint.get(part) for part in ("config", "octaves")):
             return False
+        rows = torch.tensor(fingerprint.get("rows", ()))
         # float16 rounds before bfloat16 does, so a last bit may differ between load dtypes.
-        return torch.allclose(torch.tensor(own["rows"]), torch.tensor(fingerprint["rows"]), rtol=2**-7, atol=1e-6)
+        return len(rows) == len(own["rows"]) and torch.allclose(torch.tensor(own["rows"]), rows, rtol=2**-7, atol=1e-6)
 
     def identity(self) -> str:
         """Return a short hexadecimal name of the fingerprint, for keys and messages."""

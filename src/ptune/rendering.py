@@ -4,6 +4,10 @@ Text between two runs of virtual tokens is filled in first and tokenised as one 
 so that training's ids are always generation's ids plus the answer's. Virtual token k has the id
 ``first_virtual_id + k``.
 
+**Blanks.** What a record puts in at one place, neighbouring fields and optional pieces taken together, loses the blanks
+at its two ends; those between its fields stay, as in the well-known tutorial, and so do the template's own and those of
+label words.
+
 **Cutting.** ``max_length`` counts text tokens, the answer's among them; virtual tokens come on top, and the backbone's
 own limit counts all. What is too long loses the end of its longest field first, then of the next. Room for an answer is
 made in the same way, up to half of the limit; an answer longer than that and than what the context leaves follows
@@ -15,7 +19,7 @@ Knows no models and no training.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -25,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from ptune.batch import IGNORED, Row
 from ptune.config import label_text
 from ptune.errors import DataError, TemplateError, did_you_mean
-from ptune.template import Answer, Bos, Field, Piece, Template, Text, Virtual
+from ptune.template import Bos, Field, Optional, Piece, Template, Text, Virtual
 
 Overlong = Literal["cut", "drop", "error"]
 Kind = Literal["virtual", "special", "text", "answer"]
@@ -60,6 +64,8 @@ class Renderer:
     max_length: int | None = None
     context_limit: int | None = None
     overlong: Overlong = "error"
+    _opening: tuple[int, ...] = dataclasses.field(init=False, repr=False)
+    _pieces: tuple[Piece, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.first_virtual_id < 0:
@@ -67,12 +73,16 @@ class Renderer:
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         special = self.tokenizer("a")["input_ids"]
         start = next((n for n in range(len(special)) if special[n : n + len(plain)] == plain), 0)
-        object.__setattr__(self, "_opening", tuple(special[:start]))  # what the tokenizer itself puts first
-        if any(isinstance(piece, Bos) for piece in self.template.pieces):
+        opening = tuple(special[:start])  # what the tokenizer itself puts first
+        pieces = list(self.template.pieces)
+        if Bos() in pieces:
             if self.tokenizer.bos_token_id is None:
                 raise TemplateError("the template names [bos], and this tokenizer has no such token; leave it out")
-            object.__setattr__(self, "_opening", (self.tokenizer.bos_token_id,))
-        object.__setattr__(self, "_pieces", self._with_bos())
+            opening = (self.tokenizer.bos_token_id,)
+        elif opening:
+            pieces.insert(1 if self.template.opens_with_virtual_tokens else 0, Bos())
+        object.__setattr__(self, "_opening", opening)
+        object.__setattr__(self, "_pieces", tuple(pieces))
 
     def with_first_virtual_id(self, first_virtual_id: int) -> Renderer:
         """Return the same renderer with its virtual tokens at other ids."""
@@ -121,7 +131,8 @@ class Renderer:
         limit = self.limit
         if limit is None or self._text_length(whole) + len(answer_ids) <= limit:
             return _row(whole, answer_ids, cut=0)
-        room = max(limit // 2, limit - self._text_length(whole))
+        words = self._text_length(self._ids(dict.fromkeys(values, "")))  # the template's own, which cannot be cut
+        room = max(min(limit // 2, limit - words), limit - self._text_length(whole))
         kept = answer_ids
         if len(answer_ids) > room:
             if self.overlong == "drop":
@@ -174,13 +185,6 @@ class Renderer:
             return "".join(f"[P{token - self.first_virtual_id}]" for token in ids)
         return str(self.tokenizer.decode(ids))
 
-    def _with_bos(self) -> list[Piece]:
-        """Return the pieces with the opening token where it belongs: named, else behind virtual tokens that open."""
-        pieces = list(self.template.pieces)
-        if self._opening and not any(isinstance(piece, Bos) for piece in pieces):  # type: ignore[attr-defined]
-            pieces.insert(1 if self.template.opens_with_virtual_tokens else 0, Bos())
-        return pieces
-
     def _values(self, record: Mapping[str, Any]) -> dict[str, str]:
         values = {}
         optional = self.template.optional_fields
@@ -198,21 +202,21 @@ class Renderer:
         ids: list[int] = []
         text = ""
         virtual = self.first_virtual_id
-        for piece in self._pieces:  # type: ignore[attr-defined]
-            if isinstance(piece, Text):
-                text += piece.text
-            elif isinstance(piece, Field):
-                text += values[piece.name]
-            elif isinstance(piece, (Virtual, Bos, Answer)):
+        for from_record, group in groupby(self._pieces, key=lambda piece: isinstance(piece, Field | Optional)):
+            if from_record:
+                text += _filled(group, values)
+                continue
+            for piece in group:
+                if isinstance(piece, Text):
+                    text += piece.text
+                    continue
                 ids += self._tokens(text)
                 text = ""
                 if isinstance(piece, Virtual):
                     ids += range(virtual, virtual + piece.count)
                     virtual += piece.count
                 elif isinstance(piece, Bos):
-                    ids += self._opening  # type: ignore[attr-defined]
-            elif any(values[inner.name] for inner in piece.pieces if isinstance(inner, Field)):
-                text += "".join(i.text if isinstance(i, Text) else values[i.name] for i in piece.pieces)
+                    ids += self._opening
         return ids
 
     def _tokens(self, text: str) -> list[int]:
@@ -246,6 +250,22 @@ class Renderer:
         )
 
 
+def _filled(pieces: Iterable[Piece], values: Mapping[str, str]) -> str:
+    """Return what a record puts in at one place: neighbouring fields, and optional pieces whose fields are filled."""
+    parts: list[Text | Field] = []
+    for piece in pieces:
+        if isinstance(piece, Field):
+            parts.append(piece)
+        elif isinstance(piece, Optional) and any(values[f.name].strip() for f in piece.pieces if isinstance(f, Field)):
+            parts += piece.pieces
+    texts = [part.text if isinstance(part, Text) else values[part.name] for part in parts]
+    if parts and isinstance(parts[0], Field):
+        texts[0] = texts[0].lstrip()
+    if parts and isinstance(parts[-1], Field):
+        texts[-1] = texts[-1].rstrip()
+    return "".join(texts)
+
+
 def _row(context: Sequence[int], answer: Sequence[int], *, cut: int) -> Row:
     return Row((*context, *answer), (*[IGNORED] * len(context), *answer), cut)
 
@@ -255,7 +275,7 @@ def _text(record: Mapping[str, Any], name: str) -> str:
     if value is None:
         return ""
     if isinstance(value, (str, bool, int, float)):
-        return label_text(value).strip()
+        return label_text(value)
     raise DataError(
         f'{_location(record)}: the field "{name}" holds {type(value).__name__}, and a template takes text; '
         "name a field of text, or write the text into one"

@@ -134,8 +134,7 @@ class Template:
 
     def without_virtual_tokens(self) -> Template:
         """Return the same words without virtual tokens: how the bare model would be asked."""
-        pieces = tuple(piece for piece in self.pieces if not isinstance(piece, Virtual))
-        return Template(re.sub(r"\[P(\*\d+)?\]", "", self.source), pieces)
+        return Template.parse("".join(_written(p) for p in self.pieces if not isinstance(p, Virtual)))
 
     @staticmethod
     def _all_fields(pieces: Sequence[Piece]) -> list[Field]:
@@ -151,6 +150,18 @@ class Template:
 def escape(text: str) -> str:
     """Return a template that renders to ``text`` itself."""
     return re.sub(r"[\[\]{}\\]", lambda match: match[0] * 2, text)
+
+
+def _written(piece: Piece) -> str:
+    if isinstance(piece, Text):
+        return escape(piece.text)
+    if isinstance(piece, Field):
+        return f"{{{piece.name}}}"
+    if isinstance(piece, Optional):
+        return f"[?{''.join(map(_written, piece.pieces))}]"
+    if isinstance(piece, Virtual):
+        return f"[P*{piece.count}]"
+    return "[bos]" if isinstance(piece, Bos) else f"{{{ANSWER}}}"
 
 
 class _Parser:
