@@ -224,7 +224,8 @@ class Backbone:
         scaled = self.embeddings(rows).norm() / weight.norm()
         return {
             "config": {field: getattr(config, field, None) for field in _FINGERPRINT_FIELDS},
-            "octaves": round(math.log2(float(scaled))),
+            # families scale by the root of a width; the shift keeps such roots away from the rounding's edge
+            "octaves": round(math.log2(float(scaled)) + 0.15),
             "rows": weight[:, :_FINGERPRINT_COLUMNS].to(torch.bfloat16).float().flatten().tolist(),
         }
 

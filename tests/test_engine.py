@@ -1,0 +1,126 @@
+"""The engine: many soft prompts on one backbone, each as if alone, and the bare model always among the choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer
+
+from ptune import Engine, SoftPrompt
+from ptune.backbone import Backbone
+from ptune.config import ClassificationConfig, GenerationConfig
+from ptune.errors import SoftPromptError
+from ptune.generation import GenerationOptions
+
+TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果"]
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    return Backbone(tiny_model("llama"), tiny_tokenizer(), "tiny")
+
+
+def sentiment(backbone: Backbone, seed: int = 0, count: int = 4) -> SoftPrompt:
+    rows = torch.randn(count, backbone.hidden_size, generator=torch.Generator().manual_seed(seed)) * 0.3
+    return SoftPrompt(
+        rows=rows,
+        template=f"{{text}}[P*{count}]{{answer}}",
+        task=ClassificationConfig(verbalizer={"positive": " good", "negative": " bad"}),
+        overlong="error",
+        backbone_name="tiny",
+        fingerprint=backbone.fingerprint(),
+    )
+
+
+def chat(backbone: Backbone, seed: int = 5) -> SoftPrompt:
+    rows = torch.randn(3, backbone.hidden_size, generator=torch.Generator().manual_seed(seed)) * 0.3
+    return SoftPrompt(
+        rows=rows,
+        template="[P*3]Human: {instruction}[?\n{input}]\nAssistant: {answer}",
+        task=GenerationConfig(max_new_tokens=8),
+        overlong="cut",
+        backbone_name="tiny",
+        fingerprint=backbone.fingerprint(),
+    )
+
+
+def test_prompts_side_by_side_answer_as_each_alone(backbone: Backbone) -> None:
+    alone = []
+    for prompt in (sentiment(backbone), sentiment(backbone, 1, 7)):
+        with Engine(backbone) as engine:
+            engine.add("one", prompt)
+            alone.append(engine.classify("one", TEXTS))
+    with Engine(backbone) as engine:
+        engine.add("first", sentiment(backbone))
+        engine.add("second", sentiment(backbone, 1, 7))
+        engine.add("chat", chat(backbone))
+        assert engine.classify("first", TEXTS) == alone[0]
+        assert engine.classify("second", TEXTS) == alone[1]
+        assert alone[0] != alone[1]
+
+
+def test_a_replaced_prompt_answers_anew_at_ids_of_its_own(backbone: Backbone) -> None:
+    with Engine(backbone) as engine:
+        engine.add("one", sentiment(backbone))
+        before, first = engine.classify("one", TEXTS), engine.prompts["one"].first_virtual_id
+        engine.add("one", sentiment(backbone, 9))
+        assert engine.classify("one", TEXTS) != before
+        assert engine.prompts["one"].first_virtual_id > first
+        engine.add("one", sentiment(backbone))
+        assert engine.classify("one", TEXTS) == before
+
+
+def test_the_bare_model_is_always_one_of_the_choices(backbone: Backbone) -> None:
+    text = "The film was"
+    ids = torch.tensor([tiny_tokenizer()(text)["input_ids"]])
+    plain = backbone.model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+    with Engine(backbone) as engine:
+        engine.add("chat", chat(backbone))
+        answer = engine.generate(None, text, GenerationOptions(max_new_tokens=8))
+        assert list(answer.ids) == (plain[: plain.index(2)] if 2 in plain else plain)
+        pieces: list[str] = []
+        tuned = engine.generate("chat", text, on_text=pieces.append)
+        assert "".join(pieces) == tuned.text
+        assert tuned.ids != answer.ids
+
+
+def test_a_saved_prompt_is_loaded_by_its_folders_name(backbone: Backbone, tmp_path: Path) -> None:
+    backbone.model.save_pretrained(tmp_path / "model")
+    backbone.tokenizer.save_pretrained(tmp_path / "model")
+    prompt = sentiment(backbone)
+    prompt.save(tmp_path / "mood")
+    with Engine.for_prompt(tmp_path / "mood", str(tmp_path / "model")) as engine:
+        assert list(engine.prompts) == ["mood"]
+        again = engine.classify("mood", TEXTS)
+    with Engine(backbone) as engine:
+        engine.add("mood", prompt)
+        assert again == engine.classify("mood", TEXTS)
+
+
+def test_closing_leaves_the_backbone_as_it_was(backbone: Backbone) -> None:
+    embedding = backbone.model.get_input_embeddings()
+    with Engine(backbone) as engine:
+        engine.add("one", sentiment(backbone))
+        assert "forward" in vars(embedding)
+    assert "forward" not in vars(embedding)
+
+
+def test_unknown_prompts_and_templates_of_several_fields_are_named(backbone: Backbone) -> None:
+    with Engine(backbone) as engine:
+        engine.add("sentiment", sentiment(backbone))
+        engine.add("chat", chat(backbone))
+        with pytest.raises(
+            SoftPromptError,
+            match=r'no soft prompt "sentimet" is loaded \(loaded: sentiment, chat\)\. Did you mean "sentiment"\?',
+        ):
+            engine.classify("sentimet", TEXTS)
+        with pytest.raises(SoftPromptError, match='"chat" has the fields instruction, input; give records to predict'):
+            engine.classify("chat", TEXTS)
+
+
+def test_a_prompt_of_another_backbone_is_refused(backbone: Backbone) -> None:
+    other = Backbone(tiny_model("llama", seed=3), tiny_tokenizer(), "other")
+    with Engine(other) as engine, pytest.raises(SoftPromptError, match="other"):
+        engine.add("one", sentiment(backbone))
