@@ -100,12 +100,11 @@ def test_pieces_of_a_stream_make_the_text_and_hold_no_half_character(texts: list
     model = backbone("qwen2")
     pieces: dict[int, list[str]] = {}
     options = GenerationOptions(max_new_tokens=24, do_sample=True, temperature=1.5, seed=1)
-    answers = generate(
-        model,
-        [words(t) for t in texts],
-        options,
-        on_text=lambda number, text: pieces.setdefault(number, []).append(text),
-    )
+
+    def listen(number: int, text: str) -> None:
+        pieces.setdefault(number, []).append(text)
+
+    answers = generate(model, [words(text) for text in texts], options, on_text=listen)
     for number, answer in enumerate(answers):
         assert "".join(pieces[number]) == answer.text
     assert any(len(parts) > 1 for parts in pieces.values())
@@ -132,9 +131,7 @@ def test_the_limit_counts_virtual_tokens_and_no_room_is_said() -> None:
     assert model.context_limit == 256
     nearly_full = generate(model, [[5] * 250], GenerationOptions(max_new_tokens=50))[0]
     assert len(nearly_full.ids) <= 6
-    with pytest.raises(
-        BackboneError, match="the context has 256 tokens, virtual ones counted, and llama takes 256: no room"
-    ):
+    with pytest.raises(BackboneError, match="has 256 tokens, virtual ones counted, and llama takes 256: no room"):
         generate(model, [[5] * 256])
 
 
