@@ -67,7 +67,7 @@ def test_escaped_text_is_that_text(text: str) -> None:
         ("[P*3]{a}", "a template has one {answer}, and there is none in '[P*3]{a}'; put it at the end"),
         (
             "{answer}{answer}",
-            "a template has one {answer}, and there is 2 of them in '{answer}{answer}'; put it at the end",
+            "a template has one {answer}, and there are 2 of them in '{answer}{answer}'; put it at the end",
         ),
         (
             "{answer} x",
@@ -76,10 +76,11 @@ def test_escaped_text_is_that_text(text: str) -> None:
         ("[bos][bos]{answer}", "[bos] stands once in a template, and twice in '[bos][bos]{answer}'; leave one out"),
         (
             "a[P*3 {answer}",
-            "template, character 2: a lone [ opens nothing that is known; write [[ for the bracket itself",
+            "template, character 2: this [ is no part of [P*10], [bos] or [?...{field}]; "
+            "write [[ for the bracket itself",
         ),
         ("a]{answer}", "template, character 2: a lone ] closes nothing; write ]] for the bracket itself"),
-        ("a} {answer}", "template, character 2: a lone } opens nothing that is known; write }} for the bracket itself"),
+        ("a} {answer}", "template, character 2: this } is no part of a {field}; write }} for the bracket itself"),
         (
             "[P*0]{answer}",
             "template, character 1: a run of virtual tokens has at least one; write [P*1] or leave it out",
@@ -98,3 +99,10 @@ def test_what_cannot_be_read_is_shown_with_its_place_and_mend(source: str, sente
     with pytest.raises(TemplateError) as caught:
         Template.parse(source)
     assert str(caught.value).split("\n")[0] == sentence
+
+
+@pytest.mark.parametrize(("source", "columns"), [("ab[p]{answer}", 2), ("人类：[p]{answer}", 6), ("a\n[p]{answer}", 2)])
+def test_the_pointer_stands_under_the_place_also_after_wide_characters(source: str, columns: int) -> None:
+    with pytest.raises(TemplateError) as caught:
+        Template.parse(source)
+    assert str(caught.value).split("\n")[2] == f"  {' ' * columns}^"

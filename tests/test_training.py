@@ -22,7 +22,8 @@ from ptune.assembly import Parts
 from ptune.backbone import Backbone
 from ptune.checkpoint import Progress
 from ptune.config import RunConfig
-from ptune.errors import ConfigError, OutputError, TrainingError
+from ptune.config_file import config_yaml
+from ptune.errors import ConfigError, MissingExtraError, OutputError, TrainingError
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
 from ptune.training import StepPlan, Stopped, train
@@ -151,8 +152,6 @@ def _spawn(config: Path, mode: str) -> subprocess.Popen[bytes]:
 
 
 def test_after_kills_at_random_moments_a_resumed_run_ends_as_the_unbroken_one(folder: Path, tmp_path: Path) -> None:
-    from ptune.config_file import config_yaml
-
     unbroken = settings(folder, tmp_path / "unbroken", max_steps=40, checkpoint_minutes=1e-9)
     whole = train(unbroken).rows
     broken = unbroken.model_copy(update={"output": tmp_path / "broken"})
@@ -264,3 +263,46 @@ def test_gradient_checkpointing_gives_the_same_prompt(folder: Path, tmp_path: Pa
     plain = train(settings(folder, tmp_path / "plain")).rows
     recomputed = train(settings(folder, tmp_path / "recomputed", gradient_checkpointing=True)).rows
     torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_tensorboard_gets_what_the_log_gets(folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, tmp_path / "prompt", trackers=["tensorboard"], logging_steps=2, max_steps=4)
+    train(config)
+    assert list((config.output / "run").rglob("events.out.tfevents.*"))
+    lines = [json.loads(line) for line in (config.output / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train_loss" in line] == [2, 4]
+    assert all("accuracy" in line for line in lines if "train_loss" not in line)
+
+
+def test_a_tracker_that_nobody_knows_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training\.trackers \['nonesuch'\]: "):
+        train(settings(folder, tmp_path / "prompt", trackers=["nonesuch"]))
+
+
+def test_a_tracker_that_is_not_installed_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingExtraError, match=r"training\.trackers names aim, which is not installed; install it"):
+        train(settings(folder, tmp_path / "prompt", trackers=["aim"]))
+
+
+def test_a_half_precision_backbone_learns_float32_rows(folder: Path, tmp_path: Path) -> None:
+    values = settings(folder, tmp_path / "half", max_steps=60, learning_rate=0.02).model_dump(mode="json")
+    values["model"]["dtype"] = "bfloat16"
+    half = train(RunConfig.model_validate(values))
+    assert half.rows.dtype == torch.float32
+    assert half.summary["dtype"] == "bfloat16"
+    assert half.summary["after"]["accuracy"] > half.summary["before"]["accuracy"]
+
+
+def test_mixed_precision_learns_in_a_process_of_its_own_and_is_refused_in_this_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = settings(folder, tmp_path / "mixed", mixed_precision="bf16", max_steps=60, learning_rate=0.02)
+    file = tmp_path / "config.yaml"
+    file.write_text(config_yaml(config), encoding="utf-8")
+    _, errors = (process := _spawn(file, "new")).communicate()
+    assert process.returncode == 0, errors.decode()
+    summary = SoftPrompt.load(config.output).summary
+    assert summary["after"]["accuracy"] > summary["before"]["accuracy"]
+    train(settings(folder, tmp_path / "first", max_steps=1))
+    with pytest.raises(ConfigError, match=r"training\.mixed_precision bf16 .* restart"):
+        train(config.model_copy(update={"output": tmp_path / "second"}))

@@ -11,7 +11,12 @@ label words.
 **Cutting.** ``max_length`` counts text tokens, the answer's among them; virtual tokens come on top, and the backbone's
 own limit counts all. What is too long loses the end of its longest field first, then of the next. Room for an answer is
 made in the same way, up to half of the limit; an answer longer than that and than what the context leaves follows
-``overlong``: ``cut`` (its end goes, and with it the end token), ``drop`` (no row) or ``error``.
+``overlong``: ``cut`` (its end goes, and with it the end token), ``drop`` (no row) or ``error``. A template whose own
+words leave no room for any answer is an error under all three.
+
+**Training and generation.** Generation does not know how long the answer will be, so `Renderer.context` takes how many
+tokens to reserve. For every row, ``row.ids == context(record, reserve=n) + answer``, where n is how many tokens of the
+answer the row holds; while nothing needs cutting every reserve gives the same context, the default of none included.
 
 Knows no models and no training.
 """
@@ -19,7 +24,7 @@ Knows no models and no training.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -29,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from ptune.batch import IGNORED, Row
 from ptune.config import label_text
 from ptune.errors import DataError, TemplateError, did_you_mean
-from ptune.template import Bos, Field, Optional, Piece, Template, Text, Virtual
+from ptune.template import Answer, Bos, Field, Optional, Piece, Template, Text, Virtual
 
 Overlong = Literal["cut", "drop", "error"]
 Kind = Literal["virtual", "special", "text", "answer"]
@@ -44,6 +49,13 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class _Words:
+    """Words and fields that become one string and are tokenised together."""
+
+    pieces: tuple[Text | Field | Optional, ...]
+
+
+@dataclass(frozen=True)
 class Renderer:
     """A template bound to a tokenizer and to the ids of its virtual tokens.
 
@@ -55,6 +67,9 @@ class Renderer:
         max_length: text tokens of a row, the answer's included; None for no limit.
         context_limit: positions of the backbone, virtual tokens included; None for no limit.
         overlong: what happens to an answer that is itself too long.
+
+    Raises:
+        TemplateError: the template names [bos], and the tokenizer has no such token.
     """
 
     template: Template
@@ -64,8 +79,7 @@ class Renderer:
     max_length: int | None = None
     context_limit: int | None = None
     overlong: Overlong = "error"
-    _opening: tuple[int, ...] = dataclasses.field(init=False, repr=False)
-    _pieces: tuple[Piece, ...] = dataclasses.field(init=False, repr=False)
+    _stretches: tuple[tuple[int, ...] | _Words, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.first_virtual_id < 0:
@@ -73,16 +87,35 @@ class Renderer:
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         special = self.tokenizer("a")["input_ids"]
         start = next((n for n in range(len(special)) if special[n : n + len(plain)] == plain), 0)
-        opening = tuple(special[:start])  # what the tokenizer itself puts first
+        opening = tuple(special[:start])  # what the tokenizer itself puts first: bos, [CLS]
         pieces = list(self.template.pieces)
         if Bos() in pieces:
-            if self.tokenizer.bos_token_id is None:
+            if not opening and self.tokenizer.bos_token_id is None:
                 raise TemplateError("the template names [bos], and this tokenizer has no such token; leave it out")
-            opening = (self.tokenizer.bos_token_id,)
+            opening = opening or (self.tokenizer.bos_token_id,)
         elif opening:
-            pieces.insert(1 if self.template.opens_with_virtual_tokens else 0, Bos())
-        object.__setattr__(self, "_opening", opening)
-        object.__setattr__(self, "_pieces", tuple(pieces))
+            behind = next((n for n, piece in enumerate(pieces) if not isinstance(piece, Virtual)), len(pieces))
+            pieces.insert(behind, Bos())
+        object.__setattr__(self, "_stretches", tuple(self._compiled(pieces, opening)))
+
+    def _compiled(self, pieces: Iterable[Piece], opening: tuple[int, ...]) -> Iterator[tuple[int, ...] | _Words]:
+        """Turn what no record changes into ids, once and for all records."""
+        virtual = self.first_virtual_id
+        words: list[Text | Field | Optional] = []
+        for piece in [*pieces, Answer()]:
+            if isinstance(piece, Text | Field | Optional):
+                words.append(piece)
+                continue
+            if all(isinstance(word, Text) for word in words):
+                yield tuple(self._tokens(_filled(words, {})))
+            else:
+                yield _Words(tuple(words))
+            words = []
+            if isinstance(piece, Virtual):
+                yield tuple(range(virtual, virtual + piece.count))
+                virtual += piece.count
+            elif isinstance(piece, Bos):
+                yield opening
 
     def with_first_virtual_id(self, first_virtual_id: int) -> Renderer:
         """Return the same renderer with its virtual tokens at other ids."""
@@ -114,9 +147,20 @@ class Renderer:
         return self._fit(self._values(record), reserve, record)
 
     def answer_ids(self, answer: str, *, end: bool = True) -> list[int]:
-        """Return the ids of an answer, blanks kept, with the end token unless ``end`` is False."""
-        ids: list[int] = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id] if end else list(ids)
+        """Return the ids of an answer, blanks kept, with the end token unless ``end`` is False.
+
+        Raises:
+            TemplateError: an end token is asked for, and the tokenizer has none.
+        """
+        ids = self._tokens(answer)
+        if not end:
+            return ids
+        if self.tokenizer.eos_token_id is None:
+            raise TemplateError(
+                "an answer ends with the tokenizer's end token, and this tokenizer has none; "
+                "set its eos_token, or choose a backbone that generates text"
+            )
+        return [*ids, self.tokenizer.eos_token_id]
 
     def row(self, record: Mapping[str, Any], answer: str, *, end: bool = True) -> Row | None:
         """Return context and answer as one row, the answer supervised; None where `overlong` drops it.
@@ -132,42 +176,52 @@ class Renderer:
         if limit is None or self._text_length(whole) + len(answer_ids) <= limit:
             return _row(whole, answer_ids, cut=0)
         words = self._text_length(self._ids(dict.fromkeys(values, "")))  # the template's own, which cannot be cut
-        room = max(min(limit // 2, limit - words), limit - self._text_length(whole))
+        room = max(min((limit + 1) // 2, limit - words), limit - self._text_length(whole))
+        if room < 1:
+            raise self._too_many_words(record, words, reserve=1)
         kept = answer_ids
         if len(answer_ids) > room:
             if self.overlong == "drop":
                 return None
             if self.overlong == "error":
-                raise DataError(
-                    f"{_location(record)}: its answer has {len(answer_ids)} tokens, and of max_length {limit} only "
-                    f"{room} are left for it; raise max_length, or set overlong to cut or drop"
-                )
+                raise self._too_long_answer(record, len(answer_ids), room)
             kept = answer_ids[:room]
         context = self._fit(values, len(kept), record)
         return _row(context, kept, cut=len(whole) + len(answer_ids) - len(context) - len(kept))
 
-    def tokenised_row(self, record: Mapping[str, Any]) -> Row:
+    def tokenised_row(self, record: Mapping[str, Any]) -> Row | None:
         """Return a row for a record that is tokenised already: virtual tokens in front of ``input_ids`` and ``labels``.
+
+        No bos is added, for ``input_ids`` have their own. Too many of them follow `overlong` as an answer does.
 
         Raises:
             TemplateError: the template is not virtual tokens followed by the answer.
-            DataError: ``labels`` are missing or of another length.
+            DataError: ``labels`` are missing or of another length, or there are too many ids.
         """
-        if self.template.fields or not self.template.opens_with_virtual_tokens:
+        if not all(isinstance(piece, Virtual | Answer) for piece in self.template.pieces):
             raise TemplateError("records that are tokenised already go with the template [P*10]{answer} and no other")
         ids, labels = list(record["input_ids"]), record.get("labels")
         if labels is None or len(labels) != len(ids):
             raise DataError(f"{_location(record)}: input_ids and labels should be lists of one length")
-        context = self._ids({})
-        return Row((*context, *ids), (*[IGNORED] * len(context), *labels))
+        room = len(ids) if self.limit is None else self.limit
+        if len(ids) > room:
+            if room < 1:
+                raise self._too_many_words(record, 0, reserve=1)
+            if self.overlong == "drop":
+                return None
+            if self.overlong == "error":
+                raise self._too_long_answer(record, len(ids), room)
+        virtual = range(self.first_virtual_id, self.first_virtual_id + self.template.num_virtual_tokens)
+        labels_kept = (*[IGNORED] * len(virtual), *labels[:room])
+        return Row((*virtual, *ids[:room]), labels_kept, cut=max(0, len(ids) - room))
 
-    def preview(self, record: Mapping[str, Any], answer: str) -> list[Segment]:
-        """Return a record as it will be read by the model, decoded back, for people to look at.
+    def preview(self, record: Mapping[str, Any], answer: str, *, end: bool = True) -> list[Segment]:
+        """Return a record as it will be read by the model, decoded back, for people to look at; empty where dropped.
 
         Raises:
             DataError, TemplateError: as `row`.
         """
-        row = self.row(record, answer)
+        row = self.row(record, answer, end=end)
         if row is None:
             return []
         pairs = groupby(zip(row.ids, row.labels, strict=True), key=lambda pair: self._kind(*pair))
@@ -192,35 +246,21 @@ class Renderer:
             if name not in record and name not in optional:
                 known = [str(key) for key in record]
                 raise DataError(
-                    f'{_location(record)} lacks the field "{name}" that the template names; it has {", ".join(known)}.'
-                    f"{did_you_mean(name, known)}"
+                    f'{_location(record)} lacks the field "{name}" that the template names; '
+                    f"it has {', '.join(known) or 'none'}.{did_you_mean(name, known)}"
                 )
             values[name] = _text(record, name)
         return values
 
     def _ids(self, values: Mapping[str, str]) -> list[int]:
         ids: list[int] = []
-        text = ""
-        virtual = self.first_virtual_id
-        for from_record, group in groupby(self._pieces, key=lambda piece: isinstance(piece, Field | Optional)):
-            if from_record:
-                text += _filled(group, values)
-                continue
-            for piece in group:
-                if isinstance(piece, Text):
-                    text += piece.text
-                    continue
-                ids += self._tokens(text)
-                text = ""
-                if isinstance(piece, Virtual):
-                    ids += range(virtual, virtual + piece.count)
-                    virtual += piece.count
-                elif isinstance(piece, Bos):
-                    ids += self._opening
+        for stretch in self._stretches:
+            ids += self._tokens(_filled(stretch.pieces, values)) if isinstance(stretch, _Words) else stretch
         return ids
 
     def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        # Not verbose: the tokenizer would warn of a text too long for the model, which is cut right after.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
     def _text_length(self, ids: Sequence[int]) -> int:
         return len(ids) - self.template.num_virtual_tokens
@@ -244,13 +284,41 @@ class Renderer:
             ids = self._ids(shortened)
             if self._text_length(ids) <= room:
                 return ids
-        raise TemplateError(
-            f"{_location(record)}: the template's own words take {self._text_length(ids)} tokens, "
-            f"and max_length leaves {max(room, 0)}; raise max_length or shorten the template"
+        raise self._too_many_words(record, self._text_length(ids), reserve)
+
+    def _too_long_answer(self, record: Mapping[str, Any], length: int, room: int) -> DataError:
+        limit, mend = self._limit_in_words()
+        return DataError(
+            f"{_location(record)}: its answer has {length} tokens, and of {limit} only {room} are left for it; "
+            f"shorten it, {mend}, or set overlong to cut or drop"
         )
 
+    def _too_many_words(self, record: Mapping[str, Any], words: int, reserve: int) -> TemplateError:
+        answer = f", the answer needs {reserve}," if reserve else ""
+        limit, mend = self._limit_in_words()
+        return TemplateError(
+            f"{_location(record)}: the template's own words take {words} tokens{answer} and the limit is {limit}; "
+            f"shorten the template or {mend}"
+        )
 
-def _filled(pieces: Iterable[Piece], values: Mapping[str, str]) -> str:
+    def _limit_in_words(self) -> tuple[str, str]:
+        """Return the limit that binds and how to widen it."""
+        if self.max_length is not None and self.max_length == self.limit:
+            return f"max_length {self.max_length}", "raise max_length"
+        virtual = self.template.num_virtual_tokens
+        return f"the backbone's {self.context_limit} less {virtual} virtual tokens", "use fewer virtual tokens"
+
+
+def _filled(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:
+    """Return words with fields filled in and empty optional pieces left out."""
+    text = ""
+    for _, group in groupby(pieces, key=lambda piece: isinstance(piece, Text)):
+        together = list(group)
+        text += "".join(p.text for p in together if isinstance(p, Text)) or _put_in(together, values)
+    return text
+
+
+def _put_in(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:
     """Return what a record puts in at one place: neighbouring fields, and optional pieces whose fields are filled."""
     parts: list[Text | Field] = []
     for piece in pieces:
@@ -259,10 +327,13 @@ def _filled(pieces: Iterable[Piece], values: Mapping[str, str]) -> str:
         elif isinstance(piece, Optional) and any(values[f.name].strip() for f in piece.pieces if isinstance(f, Field)):
             parts += piece.pieces
     texts = [part.text if isinstance(part, Text) else values[part.name] for part in parts]
-    if parts and isinstance(parts[0], Field):
-        texts[0] = texts[0].lstrip()
-    if parts and isinstance(parts[-1], Field):
-        texts[-1] = texts[-1].rstrip()
+    for order, strip in ((range(len(parts)), str.lstrip), (range(len(parts) - 1, -1, -1), str.rstrip)):
+        for place in order:  # from this end as far as the first words, which keep their blanks
+            if isinstance(parts[place], Text):
+                break
+            texts[place] = strip(texts[place])
+            if texts[place]:
+                break
     return "".join(texts)
 
 

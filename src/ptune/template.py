@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+from unicodedata import east_asian_width
 
 from ptune.errors import TemplateError
 
@@ -101,8 +102,8 @@ class Template:
         pieces = _Parser(source).pieces()
         answers = [number for number, piece in enumerate(pieces) if isinstance(piece, Answer)]
         if len(answers) != 1:
-            found = "none" if not answers else f"{len(answers)} of them"
-            raise TemplateError(f"a template has one {{answer}}, and there is {found} in {source!r}; put it at the end")
+            found = f"are {len(answers)} of them" if answers else "is none"
+            raise TemplateError(f"a template has one {{answer}}, and there {found} in {source!r}; put it at the end")
         if answers[0] != len(pieces) - 1:
             raise TemplateError(
                 f"{{answer}} ends a template, for a model reads from left to right, and more follows in {source!r}"
@@ -187,9 +188,8 @@ class _Parser:
         elif kind == "close":
             self._close(start)
         elif kind == "stray":
-            self._fail(
-                start, f"a lone {match[0]} opens nothing that is known; write {match[0] * 2} for the bracket itself"
-            )
+            known = "[P*10], [bos] or [?...{field}]" if match[0] == "[" else "a {field}"
+            self._fail(start, f"this {match[0]} is no part of {known}; write {match[0] * 2} for the bracket itself")
         elif self._optional is not None:
             self._fail(start, f"{match[0]} cannot stand in an optional piece; only words and fields can")
         elif kind == "optional":
@@ -229,4 +229,5 @@ class _Parser:
 
     def _fail(self, place: int, what: str) -> None:
         line = self._source.replace("\n", "↵").replace("\t", " ")
-        raise TemplateError(f"template, character {place + 1}: {what}\n  {line}\n  {' ' * place}^")
+        before = sum(2 if east_asian_width(character) in "WF" else 1 for character in line[:place])  # terminal columns
+        raise TemplateError(f"template, character {place + 1}: {what}\n  {line}\n  {' ' * before}^")

@@ -29,7 +29,7 @@ from ptune.batch import length_grouped_batches
 from ptune.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
 from ptune.config import RunConfig, TrainingConfig
 from ptune.data import Record
-from ptune.errors import MissingExtraError, TrainingError
+from ptune.errors import ConfigError, MissingExtraError, TrainingError
 from ptune.reporting import Reporter
 from ptune.run_folder import RunFolder
 from ptune.soft_prompt import SoftPrompt
@@ -309,12 +309,19 @@ def _accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
             log_with=list(settings.trackers) or None,
             project_dir=str(folder.run),
         )
-        if settings.trackers:
-            accelerator.init_trackers(folder.path.name)
-    except (ImportError, ValueError) as error:
-        raise MissingExtraError(
-            f"training.trackers {list(settings.trackers)}: {error}; install it, or leave trackers empty"
+    except ValueError as error:  # accelerate keeps one precision for the life of a process, and knows its trackers
+        raise ConfigError(
+            f"training.mixed_precision {settings.mixed_precision} with training.trackers {list(settings.trackers)}: "
+            f"{error}"
         ) from error
+    installed = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    missing = sorted(set(settings.trackers) - installed)
+    if missing:
+        raise MissingExtraError(
+            f"training.trackers names {', '.join(missing)}, which is not installed; install it, or leave it out"
+        )
+    if settings.trackers:
+        accelerator.init_trackers(folder.path.name)
     return accelerator
 
 

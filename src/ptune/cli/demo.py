@@ -26,7 +26,7 @@ def demo(
     from ptune.engine import Engine
     from ptune.training import train
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     backbone = Backbone.load("mini")
     test = demo_records("test")
     console.print("[bold]1. The frozen model[/], asked by hand-written templates")

@@ -60,7 +60,7 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     template = parse_template(settings)
     renderer = build_renderer(settings, template, backbone)
     task = build_task(settings.task, renderer)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     train, _ = read_records(settings, template)
     for record in train[:count]:
         text = Text()
@@ -89,7 +89,7 @@ def _inspect_prompt(folder: Path, model: str | None, count: int) -> None:
     from ptune.nearest_words import nearest_words
     from ptune.soft_prompt import SoftPrompt
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     prompt = SoftPrompt.load(folder)
     facts = Table(show_header=False, box=None)
     for name, value in prompt.describe().items():

@@ -25,7 +25,7 @@ class ProgressReporter(Reporter):
     """A `Reporter` for people. Use as a context manager, so that the bar is taken away at the end."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
