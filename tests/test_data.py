@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ptune.data import Record, data_hash, load_records, split_dev
+from ptune.data import Record, data_hash, has_split, load_records, split_dev
 from ptune.errors import DataError
 
 ROWS = [{"text": "a, b", "label": "yes"}, {"text": 'say "提示"\nnow', "label": "no"}]
@@ -157,6 +157,17 @@ def test_a_folder_is_read_by_split(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, '{"a": "dev"}')
     for split in ("train", "dev", "test"):
         assert load_records(tmp_path, split=split) == [{"a": split}]
+
+
+def test_a_folder_tells_whether_it_holds_a_split_and_a_file_never_does(tmp_path: Path) -> None:
+    file = write(tmp_path / "train.jsonl", '{"a": 1}')
+    assert not has_split(tmp_path, "dev")
+    write(tmp_path / "valid.csv", "a\n1\n")
+    assert has_split(tmp_path, "dev")
+    assert not has_split(file, "dev")
+    assert not has_split(file, "train")
+    with pytest.raises(DataError, match="nowhere"):
+        has_split(tmp_path / "nowhere", "dev")
 
 
 def test_parts_of_a_split_are_read_in_their_order(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.config import ClassificationConfig, GenerationConfig, RunConfig
-from ptune.data import Record, data_hash, load_records, split_dev
+from ptune.data import Record, data_hash, has_split, load_records, split_dev
 from ptune.encoder import build_encoder
 from ptune.errors import ConfigError, DataError
 from ptune.initial_rows import initial_rows
@@ -118,7 +118,9 @@ def default_overlong(config: RunConfig) -> Overlong:
 
 
 def read_records(config: RunConfig, template: Template) -> tuple[list[Record], list[Record]]:
-    """Return training and dev records as ``config.data`` says; dev is taken from train where none is given.
+    """Return training and dev records as ``config.data`` says.
+
+    Dev is what is named; else what the training data's own folder or Hub name holds; else a share of train.
 
     Raises:
         ConfigError: no training data is named.
@@ -128,8 +130,9 @@ def read_records(config: RunConfig, template: Template) -> tuple[list[Record], l
     if data.train is None:
         raise ConfigError('"data.train" is missing: a file, a folder or a Hub name')
     train = load_records(data.train, split="train", fields=data.fields, limit=data.limit)
-    if data.dev is not None:
-        dev = load_records(data.dev, split="dev", fields=data.fields)
+    held_out = data.dev or (data.train if has_split(data.train, "dev") else None)
+    if held_out is not None:
+        dev = load_records(held_out, split="dev", fields=data.fields)
     else:
         # what counts as the same text is what the template shows of it
         train, dev = split_dev(train, data.dev_fraction, data.dev_limit, config.training.seed, fields=template.fields)

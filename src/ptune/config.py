@@ -38,7 +38,9 @@ class DataConfig(Settings):
     """Where records come from. A plain string stands for ``train``."""
 
     train: str | None = Field(None, description="File (.jsonl, .json, .csv, .parquet), folder or Hub name.")
-    dev: str | None = Field(None, description="Held-out records; taken from train where absent.")
+    dev: str | None = Field(
+        None, description="Held-out records; where absent, the folder's own dev part, or else a share of train."
+    )
     test: str | None = Field(None, description="Read by `ptune eval`, never during training.")
     dev_fraction: float = Field(0.1, gt=0, lt=1, description="Share of train that is held out where dev is absent.")
     dev_limit: int | None = Field(1000, gt=0, description="At most so many records are used for dev.")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ptune.errors import DataError, did_you_mean
-from ptune.readers import Record, read_records
+from ptune.readers import Record, has_split, read_records
 
-__all__ = ["Record", "data_hash", "load_records", "split_dev"]
+__all__ = ["Record", "data_hash", "has_split", "load_records", "split_dev"]
 
 _USERS = ("human", "user")
 _ASSISTANTS = ("gpt", "assistant")

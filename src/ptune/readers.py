@@ -35,6 +35,25 @@ class Record(dict[str, Any]):
         self.location = location
 
 
+class MissingSplitError(DataError):
+    """A folder or Hub data set that can be read, and has no such split."""
+
+
+def has_split(source: str | Path, split: str) -> bool:
+    """Return whether a folder or Hub data set brings a split of its own. A single file never does.
+
+    Raises:
+        DataError: nothing is there, or it cannot be read.
+    """
+    if Path(source).expanduser().is_file():
+        return False
+    try:
+        read_records(source, split)
+    except MissingSplitError:
+        return False
+    return True
+
+
 def read_records(source: str | Path, split: str) -> Iterator[Record]:
     """Yield the records of a file, or of the ``split`` of a folder or Hub data set, each as it is asked for.
 
@@ -235,7 +254,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Record]:
             sources.setdefault((path.parent, path.suffix, match[1], match[3]), []).append(path)
     if not sources:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-        raise DataError(
+        raise MissingSplitError(
             f"{folder} holds no {split} records: expected {' or '.join(names)} with one of the suffixes "
             f"{', '.join(_READERS)}, or a folder of datasets.save_to_disk, and found {found}; name a file."
         )
@@ -282,7 +301,9 @@ def _dataset_records(loaded: Any, name: str, split: str) -> Iterator[Record]:
     if isinstance(loaded, dict):
         found = next((alias for alias in _SPLITS.get(split, (split,)) if alias in loaded), None)
         if found is None:
-            raise DataError(f"{name}: expected a split {split} and found {', '.join(loaded)}; name a file instead.")
+            raise MissingSplitError(
+                f"{name}: expected a split {split} and found {', '.join(loaded)}; name a file instead."
+            )
         name, loaded = f"{name}, split {found}", loaded[found]
     rows = loaded.with_format(None)
     return (Record(row, f"{name}, row {number}") for number, row in enumerate(rows, 1))
