@@ -11,10 +11,11 @@ import torch
 from tiny_models import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from ptune.backbone import Backbone, next_token_labels
+from ptune.backbone import Backbone
 from ptune.batch import IGNORED
 from ptune.config import ModelConfig
 from ptune.errors import BackboneError
+from ptune.losses import next_token_labels
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -62,7 +63,7 @@ def test_dtype_on_a_processor_is_float32_unless_asked(asked: str, found: torch.d
 
 def test_quantization_settings_that_no_method_knows_are_refused(tmp_path: Path) -> None:
     config = ModelConfig(name=str(save(tmp_path)), device="cpu", quantization={"quant_method": "thin air"})
-    with pytest.raises(BackboneError, match=f'cannot load "{tmp_path}" as a causal language model: .*thin air'):
+    with pytest.raises(BackboneError, match=f'cannot load "{tmp_path}" as a language model: .*thin air'):
         Backbone.load(config)
 
 
@@ -114,14 +115,14 @@ def test_a_damaged_folder_is_named_with_the_reason(tmp_path: Path) -> None:
     save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "martian"}))
-    with pytest.raises(BackboneError, match=f'^cannot load "{tmp_path}" as a causal language model: .*martian'):
+    with pytest.raises(BackboneError, match=f'^cannot load "{tmp_path}" as a language model: .*martian'):
         Backbone.load(str(tmp_path))
 
 
 def test_truncated_weights_are_named_with_the_reason(tmp_path: Path) -> None:
     weights = save(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(BackboneError, match=f'^cannot load "{tmp_path}" as a causal language model: '):
+    with pytest.raises(BackboneError, match=f'^cannot load "{tmp_path}" as a language model: '):
         Backbone.load(str(tmp_path))
 
 

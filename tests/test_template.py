@@ -69,10 +69,6 @@ def test_escaped_text_is_that_text(text: str) -> None:
             "{answer}{answer}",
             "a template has one {answer}, and there are 2 of them in '{answer}{answer}'; put it at the end",
         ),
-        (
-            "{answer} x",
-            "{answer} ends a template, for a model reads from left to right, and more follows in '{answer} x'",
-        ),
         ("[bos][bos]{answer}", "[bos] stands once in a template, and twice in '[bos][bos]{answer}'; leave one out"),
         (
             "a[P*3 {answer}",

@@ -8,22 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModelForCausalLM,
+    AlbertConfig,
+    BartConfig,
+    BertConfig,
     BloomConfig,
+    DistilBertConfig,
+    ElectraConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MT5Config,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
+    T5Config,
+    XLMRobertaConfig,
 )
+
+from ptune.families import CAUSAL, MASKED, kind_of
 
 VOCABULARY = 352
 """Rows of every tiny model's input matrix: more than the tokenizer has tokens, as real models do."""
@@ -41,6 +51,15 @@ _SHORT = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 4}
 _GATED = _SHAPE | {"intermediate_size": 48, "max_position_embeddings": 256}
 _GROUPED = _GATED | {"num_key_value_heads": 2}
 
+_BART_HALF = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+_BERT = _SHAPE | {"intermediate_size": 48, "max_position_embeddings": 128, "hidden_dropout_prob": 0.1}
+_ROBERTA = _BERT | {"max_position_embeddings": 129}
+_T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+_T5 |= {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+_BART = {"vocab_size": VOCABULARY, "d_model": 32, "max_position_embeddings": 256, "scale_embedding": True}
+_BART |= {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in _BART_HALF.items()}
+_BART |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 2}
+
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt2": lambda: GPT2Config(**_SHORT, n_embd=32, n_positions=256, bos_token_id=1, eos_token_id=2, pad_token_id=0),
     "bloom": lambda: BloomConfig(**_SHORT, hidden_size=32, bos_token_id=1, eos_token_id=2, pad_token_id=3),
@@ -52,6 +71,24 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=8),
     "gemma": lambda: GemmaConfig(**_GROUPED, head_dim=8),
 }
+"""Causal families."""
+
+MASKED_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "bert": lambda: BertConfig(**_BERT),
+    "roberta": lambda: RobertaConfig(**_ROBERTA),
+    "xlm_roberta": lambda: XLMRobertaConfig(**_ROBERTA),
+    "albert": lambda: AlbertConfig(**_BERT, embedding_size=16),
+    "distilbert": lambda: DistilBertConfig(vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=2, n_heads=4),
+    "electra": lambda: ElectraConfig(**_BERT, embedding_size=16),
+}
+
+ENCODER_DECODER_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "t5": lambda: T5Config(**_T5),
+    "mt5": lambda: MT5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart": lambda: BartConfig(**_BART),
+}
+
+ALL_FAMILIES = FAMILIES | MASKED_FAMILIES | ENCODER_DECODER_FAMILIES
 
 _TEXT = [
     "The film was a quiet wonder, and the waiter brought the wrong soup twice.",
@@ -62,8 +99,11 @@ _TEXT = [
 ]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE of at most 340 tokens which adds no special tokens by itself."""
+def tiny_tokenizer(family: str = "gpt2") -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE of at most 340 tokens, which adds what the family's tokenizers add.
+
+    Nothing for causal families; ``<s> ... </s>`` for BERT-like ones and BART, ``... </s>`` for T5.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -74,7 +114,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_TEXT, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    kind = kind_of(ALL_FAMILIES[family]())
+    if kind is MASKED:
+        names |= {"mask_token": "<unk>"}
+    if kind is not CAUSAL:
+        single = "$A </s>" if "t5" in family else "<s> $A </s>"
+        special = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def tiny_model(
@@ -83,7 +131,8 @@ def tiny_model(
     """Return a random model of a family, the same for the same seed; ``scale`` is the deviation of its weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(FAMILIES[family]())
+        config = ALL_FAMILIES[family]()
+        model = kind_of(config).auto_class.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ptune.backbone import Backbone
-from ptune.config import ClassificationConfig, GenerationConfig, RunConfig
+from ptune.config import ClassificationConfig, RunConfig
 from ptune.data import Record, data_hash, has_split, load_records, split_dev
 from ptune.encoder import build_encoder
 from ptune.errors import ConfigError, DataError
 from ptune.initial_rows import initial_rows
 from ptune.prompted_model import PromptedModel
-from ptune.rendering import Overlong, Renderer
 from ptune.soft_prompt import SoftPrompt
-from ptune.tasks import Example, Task, build_task
+from ptune.tasks import Example, Task, task_for
 from ptune.template import Template
 
 
@@ -64,8 +63,7 @@ def assemble(
     encoder = build_encoder(config.prompt.encoder, start_rows(config, backbone, template), config.training.seed)
     prompted = PromptedModel(backbone, encoder)
     try:
-        renderer = build_renderer(config, template, backbone)
-        task = build_task(config.task, renderer.with_first_virtual_id(prompted.first_virtual_id))
+        task = build_task(config, template, backbone, prompted.first_virtual_id)
         examples = [example for record in train if (example := task.example(record)) is not None]
         if not examples:
             raise DataError(
@@ -100,21 +98,17 @@ def parse_template(config: RunConfig) -> Template:
     return template
 
 
-def build_renderer(config: RunConfig, template: Template, backbone: Backbone) -> Renderer:
-    """Return what turns this run's records into ids of this backbone."""
-    return Renderer(
+def build_task(config: RunConfig, template: Template, backbone: Backbone, first_virtual_id: int = -1) -> Task:
+    """Return the run's task on this backbone, its virtual tokens at ids from ``first_virtual_id`` on."""
+    prompt = config.prompt
+    return task_for(
+        backbone,
+        config.task,
         template,
-        backbone.tokenizer,
-        vocabulary_size=backbone.vocabulary_size,
-        max_length=config.prompt.max_length,
-        context_limit=backbone.context_limit,
-        overlong=config.prompt.overlong or default_overlong(config),
+        first_virtual_id=first_virtual_id,
+        max_length=prompt.max_length,
+        overlong=prompt.overlong,
     )
-
-
-def default_overlong(config: RunConfig) -> Overlong:
-    """Return what happens to an answer that is itself too long, where the settings do not say: cut for generation."""
-    return "cut" if isinstance(config.task, GenerationConfig) else "error"
 
 
 def read_records(config: RunConfig, template: Template) -> tuple[list[Record], list[Record]]:

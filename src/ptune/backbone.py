@@ -10,8 +10,6 @@ import functools
 import hashlib
 import inspect
 import json
-import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,31 +18,30 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptune.batch import IGNORED
 from ptune.config import ModelConfig
-from ptune.errors import BackboneError, did_you_mean
+from ptune.encoder_decoder import decoder_start, split_rows
+from ptune.errors import BackboneError
+from ptune.families import ENCODER_DECODER, MASKED, Kind, kind_of
+from ptune.fingerprint import fingerprint, same_backbone, sampled_ids
+from ptune.loading import check_folder, check_tokenizer, find_device, first_position, quantization_config
+from ptune.losses import next_token_labels, summed_loss
 from ptune.virtual_tokens import VirtualTokens, input_embedding, input_matrix
 
 MINI = Path(__file__).parent / "mini"
 """Folder of `ptune-mini`, the model that comes with ptune."""
 
-# What the fingerprint reads of a config: the shape of the model and what its numbers mean, nothing that a load
-# may change.
-_FINGERPRINT_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-_FINGERPRINT_ROWS = 16
-_FINGERPRINT_COLUMNS = 8
-
 
 class Backbone:
-    """A frozen causal language model and its tokenizer.
+    """A frozen language model and its tokenizer.
 
     Attributes:
         model: the transformers model, every parameter frozen, in eval mode.
+        kind: causal, masked or encoder-decoder, with what it can do.
         name: what the user called it: ``mini``, a folder or a Hub name.
         vocabulary_size: V, rows of the input matrix; never the tokenizer's length, which may be smaller.
         hidden_size: H, width of the input matrix.
@@ -61,14 +58,17 @@ class Backbone:
                 reads ids elsewhere than in its input embedding.
         """
         self.model = model.requires_grad_(False).eval()
+        self.kind: Kind = kind_of(model.config, type(model).__name__)
         self._tokenizer = tokenizer
         self.name = name
         self.vocabulary_size, self.hidden_size = input_matrix(model).shape
-        self.context_limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._first_position = first_position(model)
+        limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context_limit = None if limit is None else limit - self._first_position
         self._recomputed: list[GradientCheckpointingLayer] = []
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         if tokenizer is not None:
-            _check_tokenizer(tokenizer, self.vocabulary_size, name)
+            check_tokenizer(tokenizer, self.vocabulary_size, self.kind, name)
         _self_test(self)
 
     @classmethod
@@ -76,30 +76,32 @@ class Backbone:
         """Load a backbone by its settings, or by name alone.
 
         Raises:
-            BackboneError: neither a model folder nor reachable on the Hub, or not a causal language model that
-                carries virtual tokens.
+            BackboneError: neither a model folder nor reachable on the Hub, or not a language model that carries
+                virtual tokens.
         """
         if isinstance(config, str):
             config = ModelConfig(name=config)
         source = str(MINI) if config.name == "mini" else config.name
-        _check_folder(source)
-        device = _device(config.device)
+        check_folder(source)
+        device = find_device(config.device)
         dtype: Any = config.dtype
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"  # half precision is stored for size; on a processor it is a choice of speed
         arguments: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         try:
+            model_config = AutoConfig.from_pretrained(source, **arguments)
+            kind = kind_of(model_config)
             tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
             if config.attn_implementation:
                 arguments["attn_implementation"] = config.attn_implementation
             if config.quantization:
-                arguments["quantization_config"] = _quantization(config.quantization)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **arguments)
+                arguments["quantization_config"] = quantization_config(config.quantization)
+            model = kind.auto_class.from_pretrained(source, dtype=dtype, **arguments)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise BackboneError(f'cannot load "{config.name}" as a causal language model: {reason}') from error
+            raise BackboneError(f'cannot load "{config.name}" as a language model: {reason}') from error
         if not config.quantization:
-            model = model.to(device)  # type: ignore[arg-type]
+            model = model.to(device)
         return cls(model, tokenizer, config.name)
 
     @property
@@ -143,28 +145,45 @@ class Backbone:
         """
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self._takes_position_ids:
-            arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0) + self._first_position
         return arguments
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return the logits of the next token.
+        """Return the logits of the next token; a masked model's are those of the place itself.
 
         Args:
             input_ids: ``[B, T]`` int64, ids from V on being virtual tokens.
             attention_mask: ``[B, T]`` int64.
-            positions: ``[B, T]`` bool, after which tokens to predict; None for all.
+            positions: ``[B, T]`` bool, after which tokens to predict (at which, for a masked model); None for all. An
+                encoder-decoder reads each row up to its first position and writes from there.
 
         Returns:
             ``[N, V]`` for the N chosen positions in row order, ``[B, T, V]`` for all; the backbone's dtype.
+
+        Raises:
+            BackboneError: an encoder-decoder is asked for all positions.
         """
         if self.model.training:
             self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
         device = self.device
-        arguments = self.inputs(input_ids.to(device), attention_mask.to(device))
         positions = None if positions is None else positions.to(device)
+        arguments, positions = self._arguments(input_ids.to(device), attention_mask.to(device), positions)
         with _head_at(self.model, positions), _recomputing(self._recomputed):
-            logits: Tensor = self.model(**arguments, use_cache=False).logits
+            logits: Tensor = self.model(**arguments).logits
         return logits
+
+    def _arguments(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """Return a forward's keyword arguments, and where its head looks: in the decoder, where there is one."""
+        if self.kind is MASKED:
+            return self.inputs(input_ids, attention_mask), positions
+        if self.kind is not ENCODER_DECODER:
+            return self.inputs(input_ids, attention_mask) | {"use_cache": False}, positions
+        if positions is None:
+            positions = torch.zeros_like(attention_mask, dtype=torch.bool)  # refused with its reason
+        arguments, positions = split_rows(input_ids, attention_mask, positions, decoder_start(self.model.config))
+        return arguments | {"use_cache": False}, positions
 
     def __call__(
         self,
@@ -180,7 +199,7 @@ class Backbone:
             input_ids: ``[B, T]`` int64, ids from V on being virtual tokens.
             attention_mask: ``[B, T]`` int64, 0 at pads, which may stand on either side.
             labels: ``[B, T]`` int64, the id itself at supervised positions, `IGNORED` elsewhere.
-            positions: ``[B, T]`` bool, after which tokens to predict; without labels only.
+            positions: ``[B, T]`` bool, as in `logits`; without labels only.
 
         Returns:
             With labels, the cross-entropy summed over supervised tokens, a scalar in float32 (float64 where the
@@ -188,10 +207,10 @@ class Backbone:
         """
         if labels is None:
             return self.logits(input_ids, attention_mask, positions)
-        next_labels = next_token_labels(labels)
-        supervised = next_labels != IGNORED
+        wanted = labels if self.kind is MASKED else next_token_labels(labels)
+        supervised = wanted != IGNORED
         logits = self.logits(input_ids, attention_mask, supervised)  # [N, V]
-        return summed_loss(logits, next_labels[supervised].to(logits.device))
+        return summed_loss(logits, wanted[supervised].to(logits.device))
 
     def enable_gradient_checkpointing(self, **settings: Any) -> None:
         """Keep no activations inside the layers, and compute them again in the backward pass.
@@ -212,50 +231,18 @@ class Backbone:
             layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what tells this backbone from others, the same for every load dtype: JSON of a few hundred bytes.
+        """Return what tells this backbone from others, as `ptune.fingerprint` has it."""
+        ids = sampled_ids(self.vocabulary_size)
+        rows = input_matrix(self.model)[ids.to(self.device)]
+        return fingerprint(self.kind.name, self.model.config.get_text_config(), rows, self.embeddings(ids))
 
-        Named config fields, a fixed sample of the input matrix rounded to bfloat16, and by how many octaves the
-        embedding module scales it: for Gemma that moved into the module between versions of transformers, and with it
-        what virtual tokens mean.
-        """
-        config = self.model.config.get_text_config()
-        rows = torch.linspace(0, self.vocabulary_size - 1, _FINGERPRINT_ROWS).long()
-        weight = input_matrix(self.model)[rows.to(self.device)].detach().float()
-        scaled = self.embeddings(rows).norm() / weight.norm()
-        return {
-            "config": {field: getattr(config, field, None) for field in _FINGERPRINT_FIELDS},
-            # families scale by the root of a width; the shift keeps such roots away from the rounding's edge
-            "octaves": round(math.log2(float(scaled)) + 0.15),
-            "rows": weight[:, :_FINGERPRINT_COLUMNS].to(torch.bfloat16).float().flatten().tolist(),
-        }
-
-    def matches(self, fingerprint: dict[str, Any]) -> bool:
+    def matches(self, other: dict[str, Any]) -> bool:
         """Whether a fingerprint is this backbone's, to the rounding of half precision."""
-        own = self.fingerprint()
-        if any(own[part] != fingerprint.get(part) for part in ("config", "octaves")):
-            return False
-        rows = torch.tensor(fingerprint.get("rows", ()))
-        # float16 rounds before bfloat16 does, so a last bit may differ between load dtypes.
-        return len(rows) == len(own["rows"]) and torch.allclose(torch.tensor(own["rows"]), rows, rtol=2**-7, atol=1e-6)
+        return same_backbone(self.fingerprint(), other)
 
     def identity(self) -> str:
         """Return a short hexadecimal name of the fingerprint, for keys and messages."""
         return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def next_token_labels(labels: Tensor) -> Tensor:
-    """Return at each position the label of what follows it, ``[B, T] -> [B, T]``: the one place of the shift."""
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of logits ``[N, V]`` for labels ``[N]``, summed, in float32 or float64."""
-    return functional.cross_entropy(at_least_float32(logits), labels, reduction="sum")
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Return logits (any shape) in float32, or float64 where they are: half precision is too coarse for a loss."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @contextmanager
@@ -318,14 +305,18 @@ def _self_test(backbone: Backbone) -> None:
         tokens.set_rows(first, rows)
         ids = torch.cat([words[:1], torch.tensor([first, first + 1], device=device), words[1:]])[None]
         mask = torch.ones_like(ids)
+        positions = None
+        if backbone.kind is ENCODER_DECODER:
+            positions = torch.zeros_like(ids, dtype=torch.bool)
+            positions[:, -2:] = True
         with torch.enable_grad():
-            by_ids = backbone.logits(ids, mask)
+            by_ids = backbone.logits(ids, mask, positions)
             (gradient,) = torch.autograd.grad(by_ids.float().square().mean(), rows)
         with torch.no_grad():
-            embeddings = input_embedding(model)(ids)
-            arguments = backbone.inputs(ids, mask) | {"inputs_embeds": embeddings}
-            del arguments["input_ids"]
-            by_embeddings = model(**arguments, use_cache=False).logits
+            arguments, places = backbone._arguments(ids, mask, positions)
+            arguments["inputs_embeds"] = input_embedding(model)(arguments.pop("input_ids"))
+            by_embeddings = model(**arguments).logits
+            by_embeddings = by_embeddings if places is None else by_embeddings[places]
     except (IndexError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise BackboneError(f"{family} cannot carry virtual tokens: {' '.join(str(error).split())[:200]}") from error
     finally:
@@ -336,54 +327,3 @@ def _self_test(backbone: Backbone) -> None:
         raise BackboneError(f"{family} cannot carry virtual tokens: it reads ids elsewhere than in its input embedding")
     if not bool(gradient.abs().sum() > 0):
         raise BackboneError(f"{family} cannot carry virtual tokens: no gradient reaches its input embedding")
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, name: str) -> None:
-    if tokenizer.eos_token_id is None:
-        raise BackboneError(
-            f'the tokenizer of "{name}" has no end token, so answers would never stop; '
-            "set eos_token in its tokenizer_config.json"
-        )
-    if len(tokenizer) > vocabulary_size:
-        raise BackboneError(
-            f'the tokenizer of "{name}" has {len(tokenizer)} tokens and the model\'s input matrix only '
-            f"{vocabulary_size} rows; resize the model's embeddings or take the tokenizer that belongs to it"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # as the ecosystem does; the mask, not the id, says what is a pad
-
-
-def _check_folder(source: str) -> None:
-    """Say early that a folder is missing, before a Hub look-up makes it a network error.
-
-    Raises:
-        BackboneError: ``source`` looks like a path and is none, or is a folder without a config.
-    """
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BackboneError(f'"{source}" is no model folder: it has no config.json')
-    elif path.exists():
-        raise BackboneError(f'"{source}" is a file; the model is given as its folder')
-    elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        parent = path.parent
-        names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        raise BackboneError(f'there is no model folder "{source}".{did_you_mean(path.name, names)}')
-    elif source.count("/") == 0 and os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise BackboneError(
-            f'"{source}" is neither "mini" nor a model folder here, and the Hub is off (HF_HUB_OFFLINE=1)'
-        )
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _quantization(settings: dict[str, Any]) -> Any:
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    return AutoQuantizationConfig.from_dict(dict(settings))

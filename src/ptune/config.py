@@ -41,7 +41,6 @@ class DataConfig(Settings):
     dev: str | None = Field(
         None, description="Held-out records; where absent, the folder's own dev part, or else a share of train."
     )
-    test: str | None = Field(None, description="Read by `ptune eval`, never during training.")
     dev_fraction: float = Field(0.1, gt=0, lt=1, description="Share of train that is held out where dev is absent.")
     dev_limit: int | None = Field(1000, gt=0, description="At most so many records are used for dev.")
     limit: int | None = Field(None, gt=0, description="Use only the first so many training records.")
@@ -54,7 +53,7 @@ class EncoderConfig(Settings):
     type: Literal["embedding", "mlp", "lstm"] = "mlp"
     hidden_size: int | None = Field(None, gt=0, description="Width of hidden layers; the backbone's where absent.")
     num_layers: int = Field(2, ge=1, description="Hidden layers (mlp), stacked LSTM layers (lstm).")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="Between hidden layers, while training.")
     residual: bool = Field(True, description="Add the encoder's output, zero at the start, to the initial rows.")
 
     @model_validator(mode="before")
@@ -110,7 +109,7 @@ class ClassificationConfig(Settings):
     """A record belongs to one of several labels, each with words that stand for it."""
 
     type: Literal["classification"] = "classification"
-    label_field: str = "label"
+    label_field: str = Field("label", description="The record's field that holds its label.")
     verbalizer: dict[str, str] = Field(
         description="Label -> its words, blanks kept, as in {positive: ' great', negative: ' terrible'}."
     )
@@ -144,8 +143,8 @@ class GenerationConfig(Settings):
     """A record is answered by text."""
 
     type: Literal["generation"] = "generation"
-    answer_field: str = "output"
-    max_new_tokens: int = Field(128, gt=0)
+    answer_field: str = Field("output", description="The record's field that holds its answer.")
+    max_new_tokens: int = Field(128, gt=0, description="How long an answer may become.")
     metric: Literal["loss", "rouge_l", "bleu", "exact_match"] = Field(
         "loss", description="Chooses the best checkpoint."
     )
@@ -157,19 +156,21 @@ TaskConfig = Annotated[ClassificationConfig | GenerationConfig, Field(discrimina
 class TrainingConfig(Settings):
     """How the prompt is trained."""
 
-    epochs: float = Field(3.0, gt=0)
+    epochs: float = Field(3.0, gt=0, description="How often the training records are seen; 0.5 is half of them.")
     max_steps: int | None = Field(None, gt=0, description="Optimizer steps; goes before epochs.")
-    batch_size: int = Field(16, gt=0)
-    gradient_accumulation_steps: int = Field(1, gt=0)
-    learning_rate: float = Field(5e-3, gt=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: float = Field(0.06, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    seed: int = 0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
-    logging_steps: int = Field(10, gt=0)
+    batch_size: int = Field(16, gt=0, description="Records of one forward.")
+    gradient_accumulation_steps: int = Field(
+        1, gt=0, description="Forwards of one optimizer step; their tokens weigh alike, so 1 x 8 equals 8 x 1."
+    )
+    learning_rate: float = Field(5e-3, gt=0, description="Highest rate, after the warm-up.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the rate falls to zero.")
+    warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0, description="The gradient is clipped to this norm.")
+    seed: int = Field(0, description="Of the start, the order of records and the dropout.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Autocast, as accelerate has it.")
+    gradient_checkpointing: bool = Field(False, description="Less memory, more time: recompute activations.")
+    logging_steps: int = Field(10, gt=0, description="Optimizer steps between two lines of the log.")
     evaluations: int = Field(
         10, ge=1, description="How often dev is evaluated in the course of the run, at even distances."
     )

@@ -11,8 +11,7 @@ from pathlib import Path
 from ptune.backbone import Backbone
 from ptune.config import ClassificationConfig, RunConfig
 from ptune.data import Record, load_records
-from ptune.rendering import Renderer
-from ptune.tasks import build_task
+from ptune.tasks import task_for
 from ptune.template import Template
 
 SENTENCE = "This movie was fantastic!"
@@ -61,15 +60,7 @@ def best_hand_written(backbone: Backbone, dev: list[Record], test: list[Record])
     """Return the hand-written template that is best on dev, with its accuracy on test."""
 
     def accuracy(template: str, verbalizer: dict[str, str], records: list[Record]) -> float:
-        renderer = Renderer(
-            Template.parse(template),
-            backbone.tokenizer,
-            vocabulary_size=backbone.vocabulary_size,
-            max_length=None,
-            context_limit=backbone.context_limit,
-            overlong="error",
-        )
-        task = build_task(ClassificationConfig(verbalizer=verbalizer), renderer)
+        task = task_for(backbone, ClassificationConfig(verbalizer=verbalizer), Template.parse(template))
         return task.evaluate(backbone, records, batch_size=64)["accuracy"]
 
     template, verbalizer = max(HAND_WRITTEN, key=lambda pair: accuracy(pair[0], pair[1], dev))

@@ -16,9 +16,8 @@ from ptune.backbone import Backbone
 from ptune.config import ModelConfig
 from ptune.errors import SoftPromptError, did_you_mean
 from ptune.generation import Generated, GenerationOptions, generate
-from ptune.rendering import Renderer
 from ptune.soft_prompt import SoftPrompt
-from ptune.tasks import Task, build_task
+from ptune.tasks import Task, task_for
 from ptune.template import Template
 
 
@@ -87,17 +86,16 @@ class Engine:
         prompt.check(self.backbone)
         first = self._tokens.allocate(len(prompt.rows))
         self._tokens.set_rows(first, prompt.rows.to(self.backbone.device))
-        renderer = Renderer(
+        task = task_for(
+            self.backbone,
+            prompt.task,
             Template.parse(prompt.template),
-            self.backbone.tokenizer,
-            vocabulary_size=self.backbone.vocabulary_size,
             first_virtual_id=first,
             max_length=prompt.max_length,
-            context_limit=self.backbone.context_limit,
             overlong=prompt.overlong,
         )
         self.remove(name)
-        self._loaded[name] = LoadedPrompt(prompt, first, build_task(prompt.task, renderer))
+        self._loaded[name] = LoadedPrompt(prompt, first, task)
 
     def remove(self, name: str) -> None:
         """Forget a soft prompt; its ids are never given again."""

@@ -31,8 +31,11 @@ from transformers import (
 )
 
 from ptune.backbone import Backbone
+from ptune.batch import IGNORED, Row, collate
 from ptune.config import Settings
+from ptune.encoder_decoder import decoder_start
 from ptune.errors import BackboneError
+from ptune.families import ENCODER_DECODER
 
 _UNFINISHED = "�"  # what a tokenizer gives for bytes that do not make a character yet
 
@@ -97,8 +100,11 @@ def generate(
         One continuation a context, in their order.
 
     Raises:
-        BackboneError: a context, its virtual tokens counted, leaves no room in the backbone's limit.
+        BackboneError: the model writes no text, or a context, its virtual tokens counted, leaves no room in the
+            backbone's limit.
     """
+    if not backbone.kind.generates:
+        raise BackboneError(f'"{backbone.name}" is {backbone.kind.words}, which writes no text')
     options = options or GenerationOptions()
     order = sorted(range(len(contexts)), key=lambda number: -len(contexts[number]))
     results: dict[int, Generated] = {}
@@ -122,8 +128,11 @@ def _generate_batch(
     use_cache: bool,
 ) -> list[Generated]:
     longest = max(map(len, contexts))
+    decodes_apart = backbone.kind is ENCODER_DECODER
     new = options.max_new_tokens
-    if backbone.context_limit is not None:
+    if decodes_apart and backbone.context_limit is not None:
+        new = min(new, backbone.context_limit - 1)
+    elif backbone.context_limit is not None:
         new = min(new, backbone.context_limit - longest)
         if new < 1:
             raise BackboneError(
@@ -131,16 +140,21 @@ def _generate_batch(
                 f"{backbone.context_limit}: no room for an answer; shorten the text"
             )
     pad = backbone.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(context)) + context for context in contexts])  # [B, T], pads on the left
-    mask = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts])
-    follower = _Follower(backbone, longest, len(contexts), options.stop, on_text)
-    processors, warpers = _processors(options, mask, backbone.vocabulary_size)
+    # [B, T]; a decoder continues what it reads, so pads stand on the left, and an encoder counts its places from there
+    rows = [Row(tuple(context), (IGNORED,) * len(context)) for context in contexts]
+    batch = collate(rows, pad, "right" if decodes_apart else "left")
+    ids, mask = batch.input_ids, batch.attention_mask
+    pads = [0] * len(rows) if decodes_apart else (mask == 0).sum(-1).tolist()
+    said = 1 if decodes_apart else longest  # what stands before the new tokens in what `generate` returns
+    follower = _Follower(backbone, said, len(contexts), options.stop, on_text)
+    processors, warpers = _processors(options, pads, backbone.vocabulary_size)
     settings = transformers.GenerationConfig(
         max_new_tokens=new,
         use_cache=use_cache,
         pad_token_id=pad,
         eos_token_id=sorted(follower.end_ids),
         bos_token_id=backbone.tokenizer.bos_token_id,
+        decoder_start_token_id=decoder_start(backbone.model.config) if decodes_apart else None,
         do_sample=options.do_sample and options.temperature > 0,
         num_beams=1,
         repetition_penalty=1.0,
@@ -155,11 +169,11 @@ def _generate_batch(
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([follower] if on_text or options.stop else []),
         )
-    return [follower.result(number, row) for number, row in enumerate(output[:, longest:].tolist())]
+    return [follower.result(number, row) for number, row in enumerate(output[:, said:].tolist())]
 
 
 def _processors(
-    options: GenerationOptions, mask: Tensor, vocabulary_size: int
+    options: GenerationOptions, pads: list[int], vocabulary_size: int
 ) -> tuple[LogitsProcessorList, dict[str, Any]]:
     """Return processors of ours, and the settings that are left to transformers.
 
@@ -167,7 +181,6 @@ def _processors(
     become ours as well, so that their order stays: penalties, temperature, top_k, top_p, min_p.
     """
     own = LogitsProcessorList()
-    pads = (mask == 0).sum(-1).tolist()
     if options.repetition_penalty != 1.0:
         own.append(_OnText(RepetitionPenaltyLogitsProcessor(options.repetition_penalty), vocabulary_size, pads))
     if options.no_repeat_ngram_size:

@@ -26,7 +26,13 @@ _READABLE_TYPES = ("P_TUNING", "PROMPT_TUNING")
 
 
 def write_peft_adapter(
-    folder: str | Path, rows: Tensor, *, base_model: str | None, num_layers: int | None, num_attention_heads: int | None
+    folder: str | Path,
+    rows: Tensor,
+    *,
+    base_model: str | None,
+    num_layers: int | None,
+    num_attention_heads: int | None,
+    task_type: str = "CAUSAL_LM",
 ) -> None:
     """Write the pair that ``PeftModel.from_pretrained(model, folder)`` of PEFT 0.18 and later reads.
 
@@ -39,6 +45,7 @@ def write_peft_adapter(
         base_model: name by which PEFT's Auto classes load the model; None where there is none that others know.
         num_layers: of the model; PEFT asks the model where it is None.
         num_attention_heads: of the model; likewise.
+        task_type: ``CAUSAL_LM`` or ``SEQ_2_SEQ_LM``, where the rows stand in the encoder's input.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -60,7 +67,7 @@ def write_peft_adapter(
         "num_virtual_tokens": count,
         "peft_type": "P_TUNING",
         "revision": None,
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "token_dim": width,
     }
     write_tensors(folder / ADAPTER_TENSORS, {_KEY: rows.detach().float()}, {"format": "pt"})
@@ -130,10 +137,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f'"{folder}" is an adapter of type {kind}, and only virtual tokens at the input can be imported: '
             f"{' or '.join(_READABLE_TYPES)}"
         )
-    if task_type not in (None, "CAUSAL_LM") or config.get("num_transformer_submodules") not in (None, 1):
+    if task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise SoftPromptError(
-            f'"{folder}" is an adapter for task_type {task_type}, and ptune\'s backbones are causal language models; '
-            "import one of task_type CAUSAL_LM"
+            f'"{folder}" is an adapter for task_type {task_type}, which trains a head that a soft prompt cannot carry; '
+            "import one of task_type CAUSAL_LM or SEQ_2_SEQ_LM"
+        )
+    if config.get("num_transformer_submodules") not in (None, 1):
+        raise SoftPromptError(
+            f'"{folder}" has virtual tokens in the decoder as well, where ptune sets none; train it with '
+            "num_transformer_submodules=1"
         )
     return config
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from ptune.backbone import next_token_labels, summed_loss
 from ptune.batch import IGNORED
 from ptune.encoder import count_parameters
 from ptune.errors import BackboneError, ConfigError, SoftPromptError
+from ptune.losses import next_token_labels, summed_loss
 from ptune.peft_format import write_peft_adapter
 from ptune.prefixed_generation import generate_text
 from ptune.prompted_model import PromptedModel

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptune.backbone import Backbone, at_least_float32
+from ptune.backbone import Backbone
 from ptune.encoder import PromptEncoder
+from ptune.errors import BackboneError
+from ptune.families import CAUSAL
+from ptune.losses import at_least_float32
 
 
 class PromptedModel(nn.Module):
@@ -100,7 +103,15 @@ class PromptedModel(nn.Module):
 
         Returns:
             ``[B, T]`` float32; entry t belongs to the token at t, so it lines up with ``input_ids``.
+
+        Raises:
+            BackboneError: the model does not read from left to right.
         """
+        if self.backbone.kind is not CAUSAL:
+            raise BackboneError(
+                f"{self.backbone.kind.words} gives no token a probability from what stands before it; "
+                "use a causal language model"
+            )
         real = (input_ids < self.backbone.vocabulary_size) & attention_mask.bool()
         preceded = functional.pad(attention_mask[:, :-1].bool(), (1, 0))
         wanted = real & preceded  # [B, T]

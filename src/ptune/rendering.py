@@ -24,7 +24,7 @@ Knows no models and no training.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -32,19 +32,20 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from ptune.batch import IGNORED, Row
-from ptune.config import label_text
 from ptune.errors import DataError, TemplateError, did_you_mean
+from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind
+from ptune.filling import field_text, filled, location
 from ptune.template import Answer, Bos, Field, Optional, Piece, Template, Text, Virtual
 
 Overlong = Literal["cut", "drop", "error"]
-Kind = Literal["virtual", "special", "text", "answer"]
+SegmentKind = Literal["virtual", "special", "text", "answer"]
 
 
 @dataclass(frozen=True)
 class Segment:
     """A stretch of a rendered row for people to read."""
 
-    kind: Kind
+    kind: SegmentKind
     text: str
 
 
@@ -67,9 +68,11 @@ class Renderer:
         max_length: text tokens of a row, the answer's included; None for no limit.
         context_limit: positions of the backbone, virtual tokens included; None for no limit.
         overlong: what happens to an answer that is itself too long.
+        kind: of the model that will read: where its tokenizer's own tokens stand, and where an answer may.
 
     Raises:
-        TemplateError: the template names [bos], and the tokenizer has no such token.
+        TemplateError: the template names [bos] and the tokenizer has no such token, or more follows the answer and
+            the model reads from left to right.
     """
 
     template: Template
@@ -79,35 +82,48 @@ class Renderer:
     max_length: int | None = None
     context_limit: int | None = None
     overlong: Overlong = "error"
-    _stretches: tuple[tuple[int, ...] | _Words, ...] = dataclasses.field(init=False, repr=False)
+    kind: Kind = CAUSAL
+    _opening: tuple[int, ...] = dataclasses.field(init=False, repr=False)
+    _stretches: tuple[tuple[int, ...] | _Words | Answer, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.first_virtual_id < 0:
             object.__setattr__(self, "first_virtual_id", self.vocabulary_size)
+        if not (self.kind.answers_anywhere or self.template.ends_with_answer):
+            raise TemplateError(
+                f"{{answer}} ends a template, for {self.kind.words} reads from left to right, and more follows in "
+                f"{self.template.source!r}"
+            )
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         special = self.tokenizer("a")["input_ids"]
         start = next((n for n in range(len(special)) if special[n : n + len(plain)] == plain), 0)
         opening = tuple(special[:start])  # what the tokenizer itself puts first: bos, [CLS]
+        closing = tuple(special[start + len(plain) :]) if self.kind.closes else ()  # and last: [SEP], T5's </s>
         pieces = list(self.template.pieces)
         if Bos() in pieces:
             if not opening and self.tokenizer.bos_token_id is None:
                 raise TemplateError("the template names [bos], and this tokenizer has no such token; leave it out")
             opening = opening or (self.tokenizer.bos_token_id,)
         elif opening:
-            behind = next((n for n, piece in enumerate(pieces) if not isinstance(piece, Virtual)), len(pieces))
+            behind = 0
+            while not self.kind.bos_first and isinstance(pieces[behind], Virtual):
+                behind += 1
             pieces.insert(behind, Bos())
-        object.__setattr__(self, "_stretches", tuple(self._compiled(pieces, opening)))
+        object.__setattr__(self, "_opening", opening)
+        object.__setattr__(self, "_stretches", tuple(self._compiled(pieces, opening, closing)))
 
-    def _compiled(self, pieces: Iterable[Piece], opening: tuple[int, ...]) -> Iterator[tuple[int, ...] | _Words]:
+    def _compiled(
+        self, pieces: Sequence[Piece], opening: tuple[int, ...], closing: tuple[int, ...]
+    ) -> Iterator[tuple[int, ...] | _Words | Answer]:
         """Turn what no record changes into ids, once and for all records."""
         virtual = self.first_virtual_id
         words: list[Text | Field | Optional] = []
-        for piece in [*pieces, Answer()]:
+        for piece in [*pieces, None]:
             if isinstance(piece, Text | Field | Optional):
                 words.append(piece)
                 continue
             if all(isinstance(word, Text) for word in words):
-                yield tuple(self._tokens(_filled(words, {})))
+                yield tuple(self._tokens(filled(words, {})))
             else:
                 yield _Words(tuple(words))
             words = []
@@ -116,6 +132,12 @@ class Renderer:
                 virtual += piece.count
             elif isinstance(piece, Bos):
                 yield opening
+            elif isinstance(piece, Answer):
+                if self.template.ends_with_answer and self.kind is not MASKED:
+                    yield closing  # the encoder's, whose text ends here
+                yield piece
+        if self.kind is MASKED:
+            yield closing
 
     def with_first_virtual_id(self, first_virtual_id: int) -> Renderer:
         """Return the same renderer with its virtual tokens at other ids."""
@@ -144,7 +166,7 @@ class Renderer:
             DataError: the record lacks a field, or holds something in it that is no text.
             TemplateError: the template's own words leave no room.
         """
-        return self._fit(self._values(record), reserve, record)
+        return self._ids(self._fit(self._values(record), reserve, record))
 
     def answer_ids(self, answer: str, *, end: bool = True) -> list[int]:
         """Return the ids of an answer, blanks kept, with the end token unless ``end`` is False.
@@ -153,6 +175,8 @@ class Renderer:
             TemplateError: an end token is asked for, and the tokenizer has none.
         """
         ids = self._tokens(answer)
+        if self.kind is ENCODER_DECODER:
+            ids = [*self._opening, *ids]  # BART's decoder writes <s> first, as its tokenizer has it
         if not end:
             return ids
         if self.tokenizer.eos_token_id is None:
@@ -174,7 +198,7 @@ class Renderer:
         whole = self._ids(values)
         limit = self.limit
         if limit is None or self._text_length(whole) + len(answer_ids) <= limit:
-            return _row(whole, answer_ids, cut=0)
+            return self._row(values, answer_ids, cut=0)
         words = self._text_length(self._ids(dict.fromkeys(values, "")))  # the template's own, which cannot be cut
         room = max(min((limit + 1) // 2, limit - words), limit - self._text_length(whole))
         if room < 1:
@@ -186,8 +210,24 @@ class Renderer:
             if self.overlong == "error":
                 raise self._too_long_answer(record, len(answer_ids), room)
             kept = answer_ids[:room]
-        context = self._fit(values, len(kept), record)
-        return _row(context, kept, cut=len(whole) + len(answer_ids) - len(context) - len(kept))
+        fitted = self._fit(values, len(kept), record)
+        return self._row(fitted, kept, cut=len(whole) + len(answer_ids) - len(self._ids(fitted)) - len(kept))
+
+    def masked_row(self, record: Mapping[str, Any], count: int, *, reserve: int = 0) -> Row:
+        """Return a record with ``count`` masks where the answer stands, `Row.read_at` telling where.
+
+        Args:
+            record: the fields that the template names; optional ones may be absent.
+            count: masks, one for each token of the answer.
+            reserve: tokens of the limit to keep free, ``count`` or more, so that records are cut alike for every count.
+
+        Raises:
+            DataError, TemplateError: as `context`.
+        """
+        values = self._fit(self._values(record), max(reserve, count), record)
+        row = self._row(values, [self.tokenizer.mask_token_id] * count, cut=0)
+        start = next(place for place, label in enumerate(row.labels) if label != IGNORED)
+        return Row(row.ids, (IGNORED,) * len(row.ids), read_at=range(start, start + count))
 
     def tokenised_row(self, record: Mapping[str, Any]) -> Row | None:
         """Return a row for a record that is tokenised already: virtual tokens in front of ``input_ids`` and ``labels``.
@@ -202,7 +242,7 @@ class Renderer:
             raise TemplateError("records that are tokenised already go with the template [P*10]{answer} and no other")
         ids, labels = list(record["input_ids"]), record.get("labels")
         if labels is None or len(labels) != len(ids):
-            raise DataError(f"{_location(record)}: input_ids and labels should be lists of one length")
+            raise DataError(f"{location(record)}: input_ids and labels should be lists of one length")
         room = len(ids) if self.limit is None else self.limit
         if len(ids) > room:
             if room < 1:
@@ -227,14 +267,14 @@ class Renderer:
         pairs = groupby(zip(row.ids, row.labels, strict=True), key=lambda pair: self._kind(*pair))
         return [Segment(kind, self._decode(kind, [token for token, _ in run])) for kind, run in pairs]
 
-    def _kind(self, token: int, label: int) -> Kind:
+    def _kind(self, token: int, label: int) -> SegmentKind:
         if token >= self.vocabulary_size:
             return "virtual"
         if token in self.tokenizer.all_special_ids:
             return "special"
         return "text" if label == IGNORED else "answer"
 
-    def _decode(self, kind: Kind, ids: list[int]) -> str:
+    def _decode(self, kind: SegmentKind, ids: list[int]) -> str:
         if kind == "virtual":
             return "".join(f"[P{token - self.first_virtual_id}]" for token in ids)
         return str(self.tokenizer.decode(ids))
@@ -246,17 +286,26 @@ class Renderer:
             if name not in record and name not in optional:
                 known = [str(key) for key in record]
                 raise DataError(
-                    f'{_location(record)} lacks the field "{name}" that the template names; '
+                    f'{location(record)} lacks the field "{name}" that the template names; '
                     f"it has {', '.join(known) or 'none'}.{did_you_mean(name, known)}"
                 )
-            values[name] = _text(record, name)
+            values[name] = field_text(record, name)
         return values
 
     def _ids(self, values: Mapping[str, str]) -> list[int]:
+        return list(self._row(values, (), cut=0).ids)
+
+    def _row(self, values: Mapping[str, str], answer: Sequence[int], *, cut: int) -> Row:
         ids: list[int] = []
+        labels: list[int] = []
         for stretch in self._stretches:
-            ids += self._tokens(_filled(stretch.pieces, values)) if isinstance(stretch, _Words) else stretch
-        return ids
+            if isinstance(stretch, Answer):
+                ids += answer
+                labels += answer
+                continue
+            ids += self._tokens(filled(stretch.pieces, values)) if isinstance(stretch, _Words) else stretch
+            labels += [IGNORED] * (len(ids) - len(labels))
+        return Row(tuple(ids), tuple(labels), cut)
 
     def _tokens(self, text: str) -> list[int]:
         # Not verbose: the tokenizer would warn of a text too long for the model, which is cut right after.
@@ -265,14 +314,13 @@ class Renderer:
     def _text_length(self, ids: Sequence[int]) -> int:
         return len(ids) - self.template.num_virtual_tokens
 
-    def _fit(self, values: Mapping[str, str], reserve: int, record: Mapping[str, Any]) -> list[int]:
-        """Return the context's ids, with the longest fields cut until they leave ``reserve`` tokens of the limit."""
-        ids = self._ids(values)
+    def _fit(self, values: Mapping[str, str], reserve: int, record: Mapping[str, Any]) -> Mapping[str, str]:
+        """Return the fields' texts, the longest of them cut until they leave ``reserve`` tokens of the limit."""
         if self.limit is None:
-            return ids
+            return values
         room = self.limit - reserve
-        if self._text_length(ids) <= room:
-            return ids
+        if self._text_length(self._ids(values)) <= room:
+            return values
         shortened = dict(values)
         for name in sorted(values, key=lambda name: -len(self._tokens(values[name]))):
             low, high = 0, len(values[name])  # the most characters of this field that fit
@@ -281,15 +329,14 @@ class Renderer:
                 shortened[name] = values[name][:middle].rstrip()
                 low, high = (middle, high) if self._text_length(self._ids(shortened)) <= room else (low, middle - 1)
             shortened[name] = values[name][:low].rstrip()
-            ids = self._ids(shortened)
-            if self._text_length(ids) <= room:
-                return ids
-        raise self._too_many_words(record, self._text_length(ids), reserve)
+            if self._text_length(self._ids(shortened)) <= room:
+                return shortened
+        raise self._too_many_words(record, self._text_length(self._ids(shortened)), reserve)
 
     def _too_long_answer(self, record: Mapping[str, Any], length: int, room: int) -> DataError:
         limit, mend = self._limit_in_words()
         return DataError(
-            f"{_location(record)}: its answer has {length} tokens, and of {limit} only {room} are left for it; "
+            f"{location(record)}: its answer has {length} tokens, and of {limit} only {room} are left for it; "
             f"shorten it, {mend}, or set overlong to cut or drop"
         )
 
@@ -297,7 +344,7 @@ class Renderer:
         answer = f", the answer needs {reserve}," if reserve else ""
         limit, mend = self._limit_in_words()
         return TemplateError(
-            f"{_location(record)}: the template's own words take {words} tokens{answer} and the limit is {limit}; "
+            f"{location(record)}: the template's own words take {words} tokens{answer} and the limit is {limit}; "
             f"shorten the template or {mend}"
         )
 
@@ -307,51 +354,3 @@ class Renderer:
             return f"max_length {self.max_length}", "raise max_length"
         virtual = self.template.num_virtual_tokens
         return f"the backbone's {self.context_limit} less {virtual} virtual tokens", "use fewer virtual tokens"
-
-
-def _filled(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:
-    """Return words with fields filled in and empty optional pieces left out."""
-    text = ""
-    for _, group in groupby(pieces, key=lambda piece: isinstance(piece, Text)):
-        together = list(group)
-        text += "".join(p.text for p in together if isinstance(p, Text)) or _put_in(together, values)
-    return text
-
-
-def _put_in(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:
-    """Return what a record puts in at one place: neighbouring fields, and optional pieces whose fields are filled."""
-    parts: list[Text | Field] = []
-    for piece in pieces:
-        if isinstance(piece, Field):
-            parts.append(piece)
-        elif isinstance(piece, Optional) and any(values[f.name].strip() for f in piece.pieces if isinstance(f, Field)):
-            parts += piece.pieces
-    texts = [part.text if isinstance(part, Text) else values[part.name] for part in parts]
-    for order, strip in ((range(len(parts)), str.lstrip), (range(len(parts) - 1, -1, -1), str.rstrip)):
-        for place in order:  # from this end as far as the first words, which keep their blanks
-            if isinstance(parts[place], Text):
-                break
-            texts[place] = strip(texts[place])
-            if texts[place]:
-                break
-    return "".join(texts)
-
-
-def _row(context: Sequence[int], answer: Sequence[int], *, cut: int) -> Row:
-    return Row((*context, *answer), (*[IGNORED] * len(context), *answer), cut)
-
-
-def _text(record: Mapping[str, Any], name: str) -> str:
-    value = record.get(name)
-    if value is None:
-        return ""
-    if isinstance(value, (str, bool, int, float)):
-        return label_text(value)
-    raise DataError(
-        f'{_location(record)}: the field "{name}" holds {type(value).__name__}, and a template takes text; '
-        "name a field of text, or write the text into one"
-    )
-
-
-def _location(record: Mapping[str, Any]) -> str:
-    return getattr(record, "location", "a record")

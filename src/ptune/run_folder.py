@@ -23,7 +23,6 @@ from ptune.files import folder_lock, write_text
 # Settings that may change between a run and its resumption without changing its result.
 _FREE_TO_CHANGE = {
     "output",
-    "data.test",
     "training.checkpoint_minutes",
     "training.samples",
     "training.trackers",

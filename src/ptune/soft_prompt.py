@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ptune.backbone import Backbone
-from ptune.config import EncoderConfig, GenerationConfig, TaskConfig
+from ptune.config import EncoderConfig, TaskConfig
 from ptune.errors import SoftPromptError, TemplateError
+from ptune.families import ENCODER_DECODER, MASKED
 from ptune.model_card import write_model_card
 from ptune.peft_format import read_peft_adapter, remove_peft_adapter, write_peft_adapter
 from ptune.soft_prompt_files import (
@@ -31,6 +32,7 @@ from ptune.soft_prompt_files import (
     end_save,
     read_soft_prompt,
 )
+from ptune.tasks import default_overlong
 from ptune.template import Template, Virtual
 
 
@@ -90,7 +92,12 @@ class SoftPrompt:
 
     @property
     def fits_peft(self) -> bool:
-        """Whether PEFT can run it: all virtual tokens stand, in one run, before everything else."""
+        """Whether PEFT can run it: all virtual tokens stand, in one run, before everything else.
+
+        PEFT has P-tuning for causal and for encoder-decoder models, and no task that a masked model's answer fits.
+        """
+        if self.fingerprint.get("kind") == MASKED.name:
+            return False
         pieces = Template.parse(self.template).pieces
         runs = [place for place, piece in enumerate(pieces) if isinstance(piece, Virtual)]
         return runs == list(range(len(runs)))  # runs with nothing between them are one
@@ -113,6 +120,7 @@ class SoftPrompt:
                 base_model=None if self.backbone_name == "mini" else self.backbone_name,
                 num_layers=config.get("num_hidden_layers"),
                 num_attention_heads=config.get("num_attention_heads"),
+                task_type="SEQ_2_SEQ_LM" if self.fingerprint.get("kind") == ENCODER_DECODER.name else "CAUSAL_LM",
             )
         else:
             remove_peft_adapter(folder)
@@ -245,7 +253,7 @@ def import_peft(
         rows=rows,
         template=template,
         task=task,
-        overlong=overlong or ("cut" if isinstance(task, GenerationConfig) else "error"),
+        overlong=overlong or default_overlong(task),
         backbone_name=backbone.name,
         fingerprint=backbone.fingerprint(),
         max_length=max_length,

@@ -44,6 +44,7 @@ class Fingerprint(BaseModel):
     """What `Backbone.fingerprint` gives."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    kind: str
     config: dict[str, Any]
     rows: list[float]
 

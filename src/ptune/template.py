@@ -1,9 +1,9 @@
 r"""The grammar of templates: where virtual tokens, a record's fields and the answer stand.
 
-    [P*10]        ten virtual tokens; [P] is one. Any number of runs, anywhere before the answer
+    [P*10]        ten virtual tokens; [P] is one. Any number of runs, anywhere
     {field}       the field's text, stripped of surrounding blanks
     [?...{f}...]  a piece that disappears when its fields are empty
-    {answer}      what is learnt, at the end
+    {answer}      what is learnt: at the end, or for a masked model anywhere
     [bos]         the tokenizer's first token, where the template wants it elsewhere than is usual
     [[ ]] {{ }}   the brackets themselves
     \n \t \\      a new line, a tab and a backslash, so that a template fits on one line of YAML
@@ -74,7 +74,7 @@ class Bos:
 
 @dataclass(frozen=True)
 class Answer:
-    """The place of the answer: the end."""
+    """The place of the answer."""
 
 
 Piece: TypeAlias = Text | Field | Virtual | Optional | Bos | Answer
@@ -97,17 +97,13 @@ class Template:
         """Parse a template.
 
         Raises:
-            TemplateError: something cannot be read, the answer is missing, twice or not at the end; names the place.
+            TemplateError: something cannot be read, or the answer is missing or there twice; names the place.
         """
         pieces = _Parser(source).pieces()
-        answers = [number for number, piece in enumerate(pieces) if isinstance(piece, Answer)]
-        if len(answers) != 1:
-            found = f"are {len(answers)} of them" if answers else "is none"
+        answers = sum(isinstance(piece, Answer) for piece in pieces)
+        if answers != 1:
+            found = f"are {answers} of them" if answers else "is none"
             raise TemplateError(f"a template has one {{answer}}, and there {found} in {source!r}; put it at the end")
-        if answers[0] != len(pieces) - 1:
-            raise TemplateError(
-                f"{{answer}} ends a template, for a model reads from left to right, and more follows in {source!r}"
-            )
         if sum(isinstance(piece, Bos) for piece in pieces) > 1:
             raise TemplateError(f"[bos] stands once in a template, and twice in {source!r}; leave one out")
         return cls(source, tuple(pieces))
@@ -132,6 +128,11 @@ class Template:
     def opens_with_virtual_tokens(self) -> bool:
         """Whether virtual tokens come first: the shape that PEFT knows, if it is the only run."""
         return bool(self.pieces) and isinstance(self.pieces[0], Virtual)
+
+    @property
+    def ends_with_answer(self) -> bool:
+        """Whether nothing follows the answer: what a model that reads from left to right needs."""
+        return isinstance(self.pieces[-1], Answer)
 
     def without_virtual_tokens(self) -> Template:
         """Return the same words without virtual tokens: how the bare model would be asked."""

@@ -52,19 +52,16 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     from rich.console import Console
     from rich.text import Text
 
-    from ptune.assembly import build_renderer, parse_template, read_records
+    from ptune.assembly import build_task, parse_template, read_records
     from ptune.backbone import Backbone
-    from ptune.tasks import build_task
 
-    backbone = Backbone.load(settings.model)
     template = parse_template(settings)
-    renderer = build_renderer(settings, template, backbone)
-    task = build_task(settings.task, renderer)
+    task = build_task(settings, template, Backbone.load(settings.model))
     console = Console(highlight=False, soft_wrap=True)
     train, _ = read_records(settings, template)
     for record in train[:count]:
         text = Text()
-        for segment in renderer.preview(record, task.answer(record)):
+        for segment in task.renderer.preview(record, task.answer(record)):
             text.append(segment.text, style=_COLOURS[segment.kind])
         row = task.example(record)
         console.rule(f"[dim]{getattr(record, 'location', '')}", align="left")

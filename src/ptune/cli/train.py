@@ -36,7 +36,7 @@ def train(
     if model is not None:
         overrides["model.name"] = model
     if data is not None:
-        overrides |= {"data.train": data, "data.dev": None, "data.test": None}
+        overrides |= {"data.train": data, "data.dev": None}
     if output is not None:
         overrides["output"] = str(output)
     if from_prompt is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from ptune.backbone import Backbone
 from ptune.config import ClassificationConfig, GenerationConfig, Settings
-from ptune.rendering import Renderer
+from ptune.rendering import Overlong, Renderer
 from ptune.tasks.classification import Classification
 from ptune.tasks.generation import Generation
 from ptune.tasks.task import Example, Forward, Task
+from ptune.template import Template
 
-__all__ = ["Classification", "Example", "Forward", "Generation", "Task", "build_task"]
+__all__ = ["Classification", "Example", "Forward", "Generation", "Task", "build_task", "default_overlong", "task_for"]
 
 _TASKS: dict[type[Settings], type[Task]] = {ClassificationConfig: Classification, GenerationConfig: Generation}
 
@@ -17,6 +19,47 @@ def build_task(config: Settings, renderer: Renderer) -> Task:
     """Return the task that the settings describe, bound to a renderer.
 
     Raises:
-        ConfigError: the settings do not go with the renderer's tokenizer.
+        ConfigError: the settings do not go with the renderer's tokenizer, or the task with its kind of model.
     """
     return _TASKS[type(config)](config, renderer)
+
+
+def task_for(
+    backbone: Backbone,
+    config: Settings,
+    template: Template,
+    *,
+    first_virtual_id: int = -1,
+    max_length: int | None = None,
+    overlong: Overlong | None = None,
+) -> Task:
+    """Return the task that the settings describe, bound to a template on a backbone.
+
+    Args:
+        backbone: whose tokenizer renders and whose limit counts.
+        config: the task's settings.
+        template: where everything stands.
+        first_virtual_id: of the template's first virtual token; V where absent.
+        max_length: text tokens of a row; None for no limit but the backbone's.
+        overlong: what happens to an answer that is itself too long; `default_overlong` where absent.
+
+    Raises:
+        TemplateError: the template does not go with the backbone.
+        ConfigError: as `build_task`.
+    """
+    renderer = Renderer(
+        template,
+        backbone.tokenizer,
+        vocabulary_size=backbone.vocabulary_size,
+        first_virtual_id=first_virtual_id,
+        max_length=max_length,
+        context_limit=backbone.context_limit,
+        overlong=overlong or default_overlong(config),
+        kind=backbone.kind,
+    )
+    return build_task(config, renderer)
+
+
+def default_overlong(config: Settings) -> Overlong:
+    """Return what happens to an answer that is itself too long, where nobody says: cut for free text, else an error."""
+    return "cut" if isinstance(config, GenerationConfig) else "error"

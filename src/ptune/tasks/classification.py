@@ -1,12 +1,10 @@
 """Classification by a verbalizer: each label has words, and the label whose words are likeliest is the answer.
 
-A label's score is the summed log-probability of its tokens behind the context; the loss is the cross-entropy over the
-labels' scores (Schick and Schütze 2021, section 3; for single tokens the model's own normaliser cancels out).
+A label's score is the summed log-probability of its tokens; the loss is the cross-entropy over the labels' scores
+(Schick and Schütze 2021, section 3; for single tokens the model's own normaliser cancels out). Which rows a record
+needs for that, and where each token is read, `label_reading` says for each kind of model.
 
-The labels' tokens form a trie, and a record needs one row for each longest proper prefix in it: a verbalizer of single
-tokens costs one row, the bare context, and one of longer words only as many as differ before their last token.
-
-Shapes: E examples, R rows of one example, S positions of one example, C labels, J tokens of the longest label, V rows.
+Shapes: E examples, S places read in one example, C labels, J tokens of the longest label, V rows.
 """
 
 from __future__ import annotations
@@ -20,11 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptune.backbone import Backbone, at_least_float32
-from ptune.batch import IGNORED, Row, collate
+from ptune.backbone import Backbone
+from ptune.batch import Row, collate
 from ptune.config import ClassificationConfig, label_text
 from ptune.errors import ConfigError, DataError, did_you_mean
+from ptune.families import MASKED
+from ptune.losses import at_least_float32
 from ptune.rendering import Renderer
+from ptune.tasks.label_reading import masked_reading, trie_reading
 from ptune.tasks.task import Example, Forward, Task
 
 
@@ -43,9 +44,8 @@ class Classification(Task):
         super().__init__(config, renderer)
         self.labels = list(config.verbalizer)
         tokens = [tuple(renderer.answer_ids(words, end=False)) for words in config.verbalizer.values()]
-        _check_verbalizer(config.verbalizer, tokens)
-        self._reserve = max(map(len, tokens))  # the same for every record, so that training and serving cut alike
-        self._prefixes, self._position, self._token, self._mask = _trie(tokens)
+        _check_verbalizer(config.verbalizer, tokens, masked=renderer.kind is MASKED)
+        self._reading = masked_reading(tokens) if renderer.kind is MASKED else trie_reading(tokens)
 
     def answer(self, record: Mapping[str, Any]) -> str:
         """Return the words of the record's label."""
@@ -118,15 +118,13 @@ class Classification(Task):
         }
 
     def _rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
-        context = self.renderer.context(record, reserve=self._reserve)
-        rows = ((*context, *prefix) for prefix in self._prefixes)
-        return tuple(Row(ids, (IGNORED,) * len(ids)) for ids in rows)
+        return self._reading.rows(self.renderer, record)
 
     def _all_scores(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], batch_size: int) -> Tensor:
         """Return the scores ``[number of records, C]``, by batches of similar length, in the records' order."""
         rows = [self._rows(record) for record in records]
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0].ids))
-        at_once = max(1, batch_size // len(self._prefixes))
+        at_once = max(1, batch_size // self._reading.rows_each)
         scores = torch.empty(len(rows), len(self.labels))
         pad_id = backbone.tokenizer.pad_token_id
         with torch.no_grad():
@@ -140,45 +138,30 @@ class Classification(Task):
 
     def _scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
         """Return the labels' scores ``[E, C]``."""
-        rows = [row for example in examples for row in example]  # E * R rows, those of an example together
+        rows = [row for example in examples for row in example]  # those of an example together
         batch = collate(rows, pad_id)
         positions = torch.zeros_like(batch.input_ids, dtype=torch.bool)
         for number, row in enumerate(rows):
-            length = len(row.ids)
-            positions[number, length - 1 - len(self._prefixes[number % len(self._prefixes)]) : length] = True
+            positions[number, row.read_at] = True
         logits = forward(batch.input_ids, batch.attention_mask, positions=positions)  # [E * S, V]
         log_probabilities = torch.log_softmax(at_least_float32(logits), -1)
         log_probabilities = log_probabilities.view(len(examples), -1, logits.shape[-1])  # [E, S, V]
-        chosen = log_probabilities[:, self._position, self._token] * self._mask.to(log_probabilities)  # [E, C, J]
+        reading = self._reading
+        chosen = log_probabilities[:, reading.place, reading.token] * reading.mask.to(log_probabilities)  # [E, C, J]
         scores = chosen.sum(-1)
-        return scores / self._mask.sum(-1).to(scores) if self.config.calibration == "length" else scores
+        return scores / reading.mask.sum(-1).to(scores) if self.config.calibration == "length" else scores
 
 
-def _trie(tokens: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], Tensor, Tensor, Tensor]:
-    """Return the prefixes that become rows, and where each label's tokens are read: position, token, mask [C, J]."""
-    prefixes = sorted({label[:-1] for label in tokens})
-    prefixes = [one for one in prefixes if not any(other[: len(one)] == one and other != one for other in prefixes)]
-    starts = [sum(len(prefix) + 1 for prefix in prefixes[:number]) for number in range(len(prefixes))]
-    longest = max(map(len, tokens))
-    position = torch.zeros(len(tokens), longest, dtype=torch.long)
-    token = torch.zeros_like(position)
-    mask = torch.zeros_like(position, dtype=torch.bool)
-    for number, label in enumerate(tokens):
-        row = next(r for r, prefix in enumerate(prefixes) if prefix[: len(label) - 1] == label[:-1])
-        for place, word in enumerate(label):
-            position[number, place] = starts[row] + place
-            token[number, place] = word
-            mask[number, place] = True
-    return prefixes, position, token, mask
-
-
-def _check_verbalizer(verbalizer: Mapping[str, str], tokens: Sequence[tuple[int, ...]]) -> None:
+def _check_verbalizer(verbalizer: Mapping[str, str], tokens: Sequence[tuple[int, ...]], *, masked: bool) -> None:
     words = list(verbalizer.items())
     for number, (label, text) in enumerate(words):
         if not tokens[number]:
             raise ConfigError(f'label "{label}": its words {text!r} tokenise to nothing; choose others')
         for other, (other_label, other_text) in enumerate(words):
-            if other != number and tokens[other][: len(tokens[number])] == tokens[number]:
+            begins = tokens[other][: len(tokens[number])] == tokens[number]
+            if masked:  # labels of other lengths are read at other masks
+                begins = tokens[other] == tokens[number]
+            if other != number and begins:
                 how = "are equal" if tokens[other] == tokens[number] else "the first begins the second"
                 raise ConfigError(
                     f'the words of labels "{label}" ({text!r}) and "{other_label}" ({other_text!r}) cannot be told '

@@ -17,7 +17,7 @@ from torch import Tensor
 from ptune.backbone import Backbone
 from ptune.batch import Row, collate
 from ptune.config import GenerationConfig
-from ptune.errors import DataError, MissingExtraError, did_you_mean
+from ptune.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 from ptune.generation import GenerationOptions, generate
 from ptune.rendering import Renderer
 from ptune.tasks.task import Example, Forward, Task
@@ -33,7 +33,17 @@ class Generation(Task):
     config: GenerationConfig
 
     def __init__(self, config: GenerationConfig, renderer: Renderer) -> None:
+        """Bind the task.
+
+        Raises:
+            ConfigError: the model writes no text.
+        """
         super().__init__(config, renderer)
+        if not renderer.kind.generates:
+            raise ConfigError(
+                f"{renderer.kind.words} writes no text, so it cannot learn a task of type generation; "
+                "choose type classification, or another model"
+            )
         self.metric = config.metric
         self.greater_is_better = config.metric != "loss"
 

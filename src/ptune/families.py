@@ -1,0 +1,95 @@
+"""What kinds of language model there are, and what each can do: the one table that the rest of ptune asks.
+
+    causal            reads from left to right and continues: GPT-2, BLOOM, Llama, Qwen, ...
+    masked            fills places that are masked, from both sides: BERT, RoBERTa, ALBERT, DistilBERT, ELECTRA, XLM-R
+    encoder_decoder   reads with one half and writes with the other: T5, mT5, BART
+
+Knows transformers' classes, and nothing of weights, templates or tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+KindName = Literal["causal", "masked", "encoder_decoder"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of model can do.
+
+    Attributes:
+        name: as it is written in files.
+        words: as it is called in messages.
+        auto_class: what loads it.
+        generates: it writes text of its own.
+        answers_anywhere: the template's answer may stand in the middle, for the model reads from both sides.
+        closes: the tokens that the tokenizer puts behind a text ([SEP], T5's </s>) belong behind the context.
+        bos_first: the tokenizer's first token stands before virtual tokens that open a template; else behind them, as
+            in PEFT.
+    """
+
+    name: KindName
+    words: str
+    auto_class: Any
+    generates: bool
+    answers_anywhere: bool
+    closes: bool
+    bos_first: bool
+
+
+CAUSAL = Kind(
+    "causal",
+    "a causal language model",
+    AutoModelForCausalLM,
+    generates=True,
+    answers_anywhere=False,
+    closes=False,
+    bos_first=False,
+)
+MASKED = Kind(
+    "masked",
+    "a masked language model",
+    AutoModelForMaskedLM,
+    generates=False,
+    answers_anywhere=True,
+    closes=True,
+    bos_first=True,
+)
+ENCODER_DECODER = Kind(
+    "encoder_decoder",
+    "an encoder-decoder model",
+    AutoModelForSeq2SeqLM,
+    generates=True,
+    answers_anywhere=False,
+    closes=True,
+    bos_first=False,
+)
+
+
+def kind_of(config: PreTrainedConfig, architecture: str | None = None) -> Kind:
+    """Return the kind of a model.
+
+    A family may come in several kinds (BERT is also a decoder in some folders), so what the folder says of its own
+    architecture goes first, and the family decides where it says nothing.
+
+    Args:
+        config: the model's.
+        architecture: class name of the model; the first that ``config`` names where absent.
+    """
+    if config.is_encoder_decoder:
+        return ENCODER_DECODER
+    named = architecture or next(iter(config.architectures or ()), "")
+    if named in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return MASKED
+    if named in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return CAUSAL
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return MASKED if masked else CAUSAL

@@ -1,0 +1,65 @@
+"""A template's words with a record's fields filled in: text in, one string out.
+
+What a record puts in at one place, neighbouring fields and optional pieces taken together, loses the blanks at its two
+ends; those between its fields stay. Knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from typing import Any
+
+from ptune.config import label_text
+from ptune.errors import DataError
+from ptune.template import Field, Optional, Text
+
+
+def filled(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:
+    """Return words with fields filled in and empty optional pieces left out."""
+    text = ""
+    for _, group in groupby(pieces, key=lambda piece: isinstance(piece, Text)):
+        together = list(group)
+        text += "".join(p.text for p in together if isinstance(p, Text)) or _put_in(together, values)
+    return text
+
+
+def _put_in(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:
+    """Return what a record puts in at one place: neighbouring fields, and optional pieces whose fields are filled."""
+    parts: list[Text | Field] = []
+    for piece in pieces:
+        if isinstance(piece, Field):
+            parts.append(piece)
+        elif isinstance(piece, Optional) and any(values[f.name].strip() for f in piece.pieces if isinstance(f, Field)):
+            parts += piece.pieces
+    texts = [part.text if isinstance(part, Text) else values[part.name] for part in parts]
+    for order, strip in ((range(len(parts)), str.lstrip), (range(len(parts) - 1, -1, -1), str.rstrip)):
+        for place in order:  # from this end as far as the first words, which keep their blanks
+            if isinstance(parts[place], Text):
+                break
+            texts[place] = strip(texts[place])
+            if texts[place]:
+                break
+    return "".join(texts)
+
+
+def field_text(record: Mapping[str, Any], name: str) -> str:
+    """Return a record's field as text; nothing where it lacks it.
+
+    Raises:
+        DataError: it holds something that is no text.
+    """
+    value = record.get(name)
+    if value is None:
+        return ""
+    if isinstance(value, (str, bool, int, float)):
+        return label_text(value)
+    raise DataError(
+        f'{location(record)}: the field "{name}" holds {type(value).__name__}, and a template takes text; '
+        "name a field of text, or write the text into one"
+    )
+
+
+def location(record: Mapping[str, Any]) -> str:
+    """Return where a record stands, for messages."""
+    return getattr(record, "location", "a record")

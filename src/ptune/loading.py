@@ -1,0 +1,88 @@
+"""What is looked at before and while a model is loaded: its folder, tokenizer, device and quantisation.
+
+Each is refused in a sentence before transformers would fail in a page. Knows nothing of virtual tokens or tasks.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ptune.errors import BackboneError, did_you_mean
+from ptune.families import MASKED, Kind
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Return the position of the first token: RoBERTa's matrix of positions begins with a row for pads."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int, kind: Kind, name: str) -> None:
+    """See that a tokenizer has what the kind of model needs, and give it a pad token where it has none.
+
+    Raises:
+        BackboneError: it has no end or mask token, or more tokens than the matrix has rows.
+    """
+    if kind.generates and tokenizer.eos_token_id is None:
+        raise BackboneError(
+            f'the tokenizer of "{name}" has no end token, so answers would never stop; '
+            "set eos_token in its tokenizer_config.json"
+        )
+    if kind is MASKED and tokenizer.mask_token_id is None:
+        raise BackboneError(
+            f'"{name}" is a masked language model and its tokenizer has no mask token to stand for the answer; '
+            "set mask_token in its tokenizer_config.json"
+        )
+    if len(tokenizer) > vocabulary_size:
+        raise BackboneError(
+            f'the tokenizer of "{name}" has {len(tokenizer)} tokens and the model\'s input matrix only '
+            f"{vocabulary_size} rows; resize the model's embeddings or take the tokenizer that belongs to it"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as the ecosystem does; the mask, not the id, says what is a pad
+
+
+def check_folder(source: str) -> None:
+    """Say early that a folder is missing, before a Hub look-up makes it a network error.
+
+    Raises:
+        BackboneError: ``source`` looks like a path and is none, or is a folder without a config.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BackboneError(f'"{source}" is no model folder: it has no config.json')
+    elif path.exists():
+        raise BackboneError(f'"{source}" is a file; the model is given as its folder')
+    elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        parent = path.parent
+        names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+        raise BackboneError(f'there is no model folder "{source}".{did_you_mean(path.name, names)}')
+    elif source.count("/") == 0 and os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise BackboneError(
+            f'"{source}" is neither "mini" nor a model folder here, and the Hub is off (HF_HUB_OFFLINE=1)'
+        )
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; for "auto" the GPU, Apple's or the processor, whichever is there first."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def quantization_config(settings: dict[str, Any]) -> Any:
+    """Return transformers' quantisation config for keyword arguments with their ``quant_method``."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    return AutoQuantizationConfig.from_dict(dict(settings))
