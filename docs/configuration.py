@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ptune.config import (
+    ChoiceConfig,
     ClassificationConfig,
     DataConfig,
     EncoderConfig,
@@ -27,6 +28,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelConfig,
     "data": DataConfig,
     "task, type classification": ClassificationConfig,
+    "task, type choice": ChoiceConfig,
     "task, type generation": GenerationConfig,
     "prompt": PromptConfig,
     "prompt.encoder": EncoderConfig,

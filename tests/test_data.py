@@ -170,6 +170,15 @@ def test_a_folder_tells_whether_it_holds_a_split_and_a_file_never_does(tmp_path:
         has_split(tmp_path / "nowhere", "dev")
 
 
+def test_a_field_may_be_a_member_of_an_object(tmp_path: Path) -> None:
+    rows = [{"target": {"span": {"text": "Tina"}}, "target.plain": "as it is", "label": 1}]
+    file = write(tmp_path / "a.jsonl", json_lines(rows))
+    (record,) = load_records(file, fields={"noun": "target.span.text", "plain": "target.plain"})
+    assert record["noun"] == "Tina"
+    assert record["plain"] == "as it is"
+    assert "'target.span.txt'" in fails(file, fields={"noun": "target.span.txt"})
+
+
 def test_parts_of_a_split_are_read_in_their_order(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [{"a": 2}])
     assert "expected 2 parts of train and found 1; copy the others too." in fails(tmp_path)

@@ -262,7 +262,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no type": (lambda folder: edit_config(folder, peft_type=None), "is an adapter of type None, and only"),
     "another task type": (
         lambda folder: edit_config(folder, task_type="SEQ_CLS"),
-        r"is an adapter for task_type SEQ_CLS, which trains a head .*; import one of task_type CAUSAL_LM or SEQ_2_SEQ_LM$",
+        "is an adapter for task_type SEQ_CLS, which trains a head .*import one of task_type CAUSAL_LM or SEQ_2_SEQ_LM$",
     ),
     "encoder and decoder": (
         lambda folder: edit_config(folder, num_transformer_submodules=2, task_type="SEQ_2_SEQ_LM"),

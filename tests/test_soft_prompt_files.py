@@ -186,7 +186,8 @@ while True:
     tokens = 1 + count % 3
     SoftPrompt(
         rows=torch.full((tokens, 20_000), float(count)), template=f"[P*{tokens}]{count}{{text}}{{answer}}",
-        task=GenerationConfig(), overlong="cut", backbone_name="b", fingerprint={"kind": "causal", "config": {}, "rows": [0.5]},
+        task=GenerationConfig(), overlong="cut", backbone_name="b",
+        fingerprint={"kind": "causal", "config": {}, "rows": [0.5]},
         summary={"count": count},
     ).save(sys.argv[1])
     if not count: print("ready", flush=True)

@@ -117,10 +117,13 @@ class ClassificationConfig(Settings):
         "none", description="Divide a label's score by its tokens, or subtract its score under an empty record."
     )
 
-    @property
-    def metric(self) -> str:
-        """Name of the metric that chooses the best checkpoint; greater is better."""
-        return "accuracy"
+    metric: Literal["accuracy", "macro_f1", "micro_f1"] = Field("accuracy", description="Chooses the best checkpoint.")
+    negative_label: str | None = Field(
+        None, description="Left out of micro F1, as relation extraction leaves out its class for no relation."
+    )
+    label_weights: dict[str, float] = Field(
+        default_factory=dict, description="How much a label's examples weigh in the loss; 1 where absent."
+    )
 
     @field_validator("verbalizer", mode="before")
     @classmethod
@@ -138,6 +141,33 @@ class ClassificationConfig(Settings):
             raise ValueError(f"label {empty[0]!r} has no words")
         return value
 
+    @field_validator("label_weights", mode="before")
+    @classmethod
+    def _weights_of_text(cls, value: Any) -> Any:
+        return {label_text(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _labels_that_exist(self) -> ClassificationConfig:
+        named = [*self.label_weights, *([] if self.negative_label is None else [self.negative_label])]
+        unknown = [label for label in named if label not in self.verbalizer]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no label of the verbalizer, which has {', '.join(self.verbalizer)}")
+        if self.metric == "micro_f1" and self.negative_label is None:
+            raise ValueError("micro_f1 without a negative_label is the accuracy; name the label to leave out")
+        return self
+
+
+class ChoiceConfig(Settings):
+    """A record's answer is one of several texts in the record itself."""
+
+    type: Literal["choice"] = "choice"
+    choices: tuple[str, ...] = Field(min_length=2, description="The record's fields that hold them.")
+    label_field: str = Field(
+        "label", description="The record's field that names the right one: by number from 0, by field or by text."
+    )
+    before: str = Field(" ", description="What stands between the template's end and a choice.")
+    normalise: bool = Field(False, description="Score by the mean over a choice's tokens instead of their sum.")
+
 
 class GenerationConfig(Settings):
     """A record is answered by text."""
@@ -150,7 +180,8 @@ class GenerationConfig(Settings):
     )
 
 
-TaskConfig = Annotated[ClassificationConfig | GenerationConfig, Field(discriminator="type")]
+TASK_CONFIGS = (ClassificationConfig, ChoiceConfig, GenerationConfig)
+TaskConfig = Annotated[ClassificationConfig | ChoiceConfig | GenerationConfig, Field(discriminator="type")]
 
 
 class TrainingConfig(Settings):

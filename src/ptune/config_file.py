@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ptune.config import ClassificationConfig, GenerationConfig, RunConfig
+from ptune.config import TASK_CONFIGS, RunConfig
 from ptune.errors import ConfigError, did_you_mean
 
 
@@ -105,8 +105,7 @@ def setting_names() -> list[str]:
     names: list[str] = []
     for name, field in RunConfig.model_fields.items():
         if name == "task":
-            kinds = (ClassificationConfig, GenerationConfig)
-            names += dict.fromkeys(f"task.{leaf}" for kind in kinds for leaf in kind.model_fields)
+            names += dict.fromkeys(f"task.{leaf}" for kind in TASK_CONFIGS for leaf in kind.model_fields)
         else:
             names += _names(name, field.annotation)
     return names

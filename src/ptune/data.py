@@ -19,6 +19,7 @@ __all__ = ["Record", "data_hash", "has_split", "load_records", "split_dev"]
 
 _USERS = ("human", "user")
 _ASSISTANTS = ("gpt", "assistant")
+_ABSENT = object()
 _NOT_TEXT = ("id", "idx", "label", "labels")
 
 
@@ -32,10 +33,10 @@ def load_records(
     ``data``), or is one of ``datasets.save_to_disk``. Anything else is a Hub name, as in ``owner/name`` or
     ``owner/name:config``. ``split`` chooses within folders and Hub data sets; dev is also found as validation or valid.
 
-    ``fields`` adds, under each field's name, the column that it names. Two shapes need none: a record with
-    ``instruction`` and ``output`` (Alpaca) gets an empty ``input`` where it has none; a record with ``conversations``
-    or ``messages`` (ShareGPT, chat) gets ``system``, ``instruction``, ``input`` and ``output`` from its system turn and
-    its first question with an answer.
+    ``fields`` adds, under each field's name, the column that it names; ``a.b`` is the member b of an object in the
+    column a. Two shapes need none: a record with ``instruction`` and ``output`` (Alpaca) gets an empty ``input`` where
+    it has none; a record with ``conversations`` or ``messages`` (ShareGPT, chat) gets ``system``, ``instruction``,
+    ``input`` and ``output`` from its system turn and its first question with an answer.
 
     Raises:
         DataError: nothing is there, it cannot be read, or a named column is missing; names file, line and field.
@@ -143,9 +144,19 @@ def _fill_from_conversation(record: Record) -> None:
 def _map_fields(record: Record, fields: Mapping[str, str]) -> None:
     columns = dict(record)
     for field, column in fields.items():
-        if column not in columns:
+        value = _column(columns, column)
+        if value is _ABSENT:
             raise DataError(
                 f"{record.location}: expected a column {column!r} for the field {field!r} and found "
                 f"{', '.join(columns)}; correct data.fields.{did_you_mean(column, sorted(columns))}"
             )
-        record[field] = columns[column]
+        record[field] = value
+
+
+def _column(columns: Mapping[str, Any], name: str) -> Any:
+    """Return a column's value; ``a.b`` is the member b of an object in the column a, unless a column has that name."""
+    if name in columns:
+        return columns[name]
+    outer, dot, inner = name.partition(".")
+    nested = columns.get(outer)
+    return _column(nested, inner) if dot and isinstance(nested, Mapping) else _ABSENT

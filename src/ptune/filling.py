@@ -6,13 +6,16 @@ ends; those between its fields stay. Knows no tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from ptune.config import label_text
 from ptune.errors import DataError
 from ptune.template import Field, Optional, Text
+
+_WITHOUT_BLANKS = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff00-\uffef]")
 
 
 def filled(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:
@@ -54,10 +57,20 @@ def field_text(record: Mapping[str, Any], name: str) -> str:
         return ""
     if isinstance(value, (str, bool, int, float)):
         return label_text(value)
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return joined(value)
     raise DataError(
         f'{location(record)}: the field "{name}" holds {type(value).__name__}, and a template takes text; '
         "name a field of text, or write the text into one"
     )
+
+
+def joined(words: Sequence[str]) -> str:
+    """Return words as one text: with blanks between them, but not between two Chinese or Japanese ones."""
+    text = ""
+    for word in words:
+        text += word if not text or (_WITHOUT_BLANKS.match(text[-1]) and _WITHOUT_BLANKS.match(word)) else f" {word}"
+    return text
 
 
 def location(record: Mapping[str, Any]) -> str:

@@ -1,18 +1,33 @@
-"""The tasks: classification and generation. Adding one touches its own file and the registry below."""
+"""The tasks: classification, choice and generation. Adding one touches its own file and the registry below."""
 
 from __future__ import annotations
 
 from ptune.backbone import Backbone
-from ptune.config import ClassificationConfig, GenerationConfig, Settings
+from ptune.config import ChoiceConfig, ClassificationConfig, GenerationConfig, Settings
 from ptune.rendering import Overlong, Renderer
+from ptune.tasks.choice import Choice
 from ptune.tasks.classification import Classification
 from ptune.tasks.generation import Generation
 from ptune.tasks.task import Example, Forward, Task
 from ptune.template import Template
 
-__all__ = ["Classification", "Example", "Forward", "Generation", "Task", "build_task", "default_overlong", "task_for"]
+__all__ = [
+    "Choice",
+    "Classification",
+    "Example",
+    "Forward",
+    "Generation",
+    "Task",
+    "build_task",
+    "default_overlong",
+    "task_for",
+]
 
-_TASKS: dict[type[Settings], type[Task]] = {ClassificationConfig: Classification, GenerationConfig: Generation}
+_TASKS: dict[type[Settings], type[Task]] = {
+    ClassificationConfig: Classification,
+    ChoiceConfig: Choice,
+    GenerationConfig: Generation,
+}
 
 
 def build_task(config: Settings, renderer: Renderer) -> Task:

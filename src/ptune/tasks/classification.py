@@ -9,14 +9,11 @@ Shapes: E examples, S places read in one example, C labels, J tokens of the long
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ptune.backbone import Backbone
 from ptune.batch import Row, collate
@@ -26,13 +23,13 @@ from ptune.families import MASKED
 from ptune.losses import at_least_float32
 from ptune.rendering import Renderer
 from ptune.tasks.label_reading import masked_reading, trie_reading
-from ptune.tasks.task import Example, Forward, Task
+from ptune.tasks.scoring import ScoringTask
+from ptune.tasks.task import Forward
 
 
-class Classification(Task):
+class Classification(ScoringTask):
     """A record belongs to one label of a verbalizer."""
 
-    metric = "accuracy"
     config: ClassificationConfig
 
     def __init__(self, config: ClassificationConfig, renderer: Renderer) -> None:
@@ -42,10 +39,20 @@ class Classification(Task):
             ConfigError: a label's words tokenise to nothing, or two labels' words are equal, or one's begin another's.
         """
         super().__init__(config, renderer)
+        self.metric = config.metric
         self.labels = list(config.verbalizer)
+        if config.negative_label is not None:
+            self.negative = self.labels.index(config.negative_label)
+        if config.label_weights:
+            self.weights = torch.tensor([config.label_weights.get(label, 1.0) for label in self.labels])
         tokens = [tuple(renderer.answer_ids(words, end=False)) for words in config.verbalizer.values()]
         _check_verbalizer(config.verbalizer, tokens, masked=renderer.kind is MASKED)
         self._reading = masked_reading(tokens) if renderer.kind is MASKED else trie_reading(tokens)
+        self.rows_each = self._reading.rows_each
+
+    def names(self, record: Mapping[str, Any]) -> Sequence[str]:
+        """Return the labels."""
+        return self.labels
 
     def answer(self, record: Mapping[str, Any]) -> str:
         """Return the words of the record's label."""
@@ -72,71 +79,22 @@ class Classification(Task):
             )
         return label
 
-    def example(self, record: Mapping[str, Any]) -> Example:
-        """Return a record as its context followed by each prefix of the trie, with the number of its label."""
-        return Example(self._rows(record), self.labels.index(self.label(record)), weight=1)
+    def target(self, record: Mapping[str, Any]) -> int:
+        """Return the number of the record's label."""
+        return self.labels.index(self.label(record))
 
-    def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
-        """Return the cross-entropy over the labels, summed over examples; a prior plays no part in it."""
-        scores = self._scores(forward, [example.rows for example in examples], pad_id)  # [E, C]
-        targets = torch.tensor([example.target for example in examples], device=scores.device)
-        return functional.cross_entropy(scores, targets, reduction="sum")
-
-    def predict(
-        self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
-    ) -> list[dict[str, Any]]:
-        """Return for each record its ``label``, its ``probability`` and the ``probabilities`` of all labels."""
-        probabilities = self._all_scores(backbone, records, batch_size).softmax(-1)
-        answers = []
-        for row in probabilities.tolist():
-            best = max(range(len(row)), key=row.__getitem__)
-            answers.append(
-                {
-                    "label": self.labels[best],
-                    "probability": row[best],
-                    "probabilities": dict(zip(self.labels, row, strict=True)),
-                }
-            )
-        return answers
-
-    def evaluate(
-        self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
-    ) -> dict[str, float]:
-        """Return accuracy, macro F1, loss, and ``prediction_share``: how many predictions are the most frequent one.
-
-        Macro F1 is the mean over the labels that occur among the records or the predictions.
-        """
-        targets = torch.tensor([self.labels.index(self.label(record)) for record in records])
-        scores = self._all_scores(backbone, records, batch_size)
-        predicted = scores.argmax(-1)
-        pairs = list(zip(targets.tolist(), predicted.tolist(), strict=True))
-        return {
-            "accuracy": float((predicted == targets).double().mean()),
-            "macro_f1": _macro_f1(pairs),
-            "loss": float(functional.cross_entropy(scores, targets)),
-            "prediction_share": max(Counter(predicted.tolist()).values()) / len(records),
-        }
-
-    def _rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
+    def rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
+        """Return the rows that `label_reading` asks for."""
         return self._reading.rows(self.renderer, record)
 
-    def _all_scores(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], batch_size: int) -> Tensor:
-        """Return the scores ``[number of records, C]``, by batches of similar length, in the records' order."""
-        rows = [self._rows(record) for record in records]
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0].ids))
-        at_once = max(1, batch_size // self._reading.rows_each)
-        scores = torch.empty(len(rows), len(self.labels))
-        pad_id = backbone.tokenizer.pad_token_id
-        with torch.no_grad():
-            for start in range(0, len(order), at_once):
-                chunk = order[start : start + at_once]
-                scores[chunk] = self._scores(backbone, [rows[index] for index in chunk], pad_id).float().cpu()
-            if self.config.calibration == "prior":
-                empty = dict.fromkeys(self.renderer.template.fields, "")
-                scores -= self._scores(backbone, [self._rows(empty)], pad_id).float().cpu()
-        return scores
+    def corrected(self, scores: Tensor, backbone: Backbone) -> Tensor:
+        """Return scores ``[E, C]``, less those of an empty record where the calibration is by a prior."""
+        if self.config.calibration != "prior":
+            return scores
+        empty = dict.fromkeys(self.renderer.template.fields, "")
+        return scores - self.scores(backbone, [self.rows(empty)], backbone.tokenizer.pad_token_id).float().cpu()
 
-    def _scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
+    def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
         """Return the labels' scores ``[E, C]``."""
         rows = [row for example in examples for row in example]  # those of an example together
         batch = collate(rows, pad_id)
@@ -167,12 +125,3 @@ def _check_verbalizer(verbalizer: Mapping[str, str], tokens: Sequence[tuple[int,
                     f'the words of labels "{label}" ({text!r}) and "{other_label}" ({other_text!r}) cannot be told '
                     f"apart: as tokens {how}; choose others"
                 )
-
-
-def _macro_f1(pairs: Sequence[tuple[int, int]]) -> float:
-    scores = []
-    for label in {label for pair in pairs for label in pair}:
-        hits = sum(target == label == predicted for target, predicted in pairs)
-        either = sum((target == label) + (predicted == label) for target, predicted in pairs)
-        scores.append(2 * hits / either)
-    return math.fsum(scores) / len(scores)

@@ -1,0 +1,108 @@
+"""Choice among texts that stand in the record itself: which sentence follows, which of two causes, which fact is true.
+
+Each choice is set where the answer stands and scored by the log-probability of its tokens, summed, or a token's mean
+where ``normalise`` says so, for longer texts are less likely whatever they say.
+
+Shapes: E examples, C choices, N tokens of all choices of all examples, V rows of the backbone's input matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptune.batch import IGNORED, Row, collate
+from ptune.config import ChoiceConfig, label_text
+from ptune.errors import DataError, did_you_mean
+from ptune.families import MASKED
+from ptune.filling import field_text, location
+from ptune.losses import at_least_float32, next_token_labels
+from ptune.rendering import Renderer
+from ptune.tasks.scoring import ScoringTask
+from ptune.tasks.task import Forward
+
+
+class Choice(ScoringTask):
+    """A record's answer is one of several of its own fields."""
+
+    metric = "accuracy"
+    config: ChoiceConfig
+
+    def __init__(self, config: ChoiceConfig, renderer: Renderer) -> None:
+        super().__init__(config, renderer)
+        self.rows_each = len(config.choices)
+
+    def names(self, record: Mapping[str, Any]) -> Sequence[str]:
+        """Return the choices' fields: two records may hold the same text."""
+        return self.config.choices
+
+    def answer(self, record: Mapping[str, Any]) -> str:
+        """Return the text of the right choice, as it is set behind the context."""
+        return self._text(record, self.config.choices[self.target(record)])
+
+    def target(self, record: Mapping[str, Any]) -> int:
+        """Return the number of the right choice: the record names it by number from 0, by field or by text.
+
+        Raises:
+            DataError: it names none, or something that is no choice.
+        """
+        field, choices = self.config.label_field, self.config.choices
+        if field not in record:
+            known = [str(key) for key in record]
+            raise DataError(
+                f'{location(record)} does not say which choice is right: it lacks the field "{field}" and has '
+                f"{', '.join(known)}; name the right one as task.label_field.{did_you_mean(field, known)}"
+            )
+        label = label_text(record[field])
+        texts = [field_text(record, name).strip() for name in choices]
+        for candidates in ([str(number) for number in range(len(choices))], list(choices), texts):
+            if label in candidates:
+                return candidates.index(label)
+        raise DataError(
+            f'{location(record)}: "{label}" in the field "{field}" is no choice; write its number from 0 to '
+            f"{len(choices) - 1}, its field ({', '.join(choices)}) or its text"
+        )
+
+    def rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
+        """Return a row for each choice, its tokens supervised."""
+        answers = [self.renderer.answer_ids(self._text(record, name), end=False) for name in self.config.choices]
+        longest = max(map(len, answers))  # every choice gets the same context, cut alike
+        if self.renderer.kind is MASKED:
+            return tuple(_masked(self.renderer.masked_row(record, len(ids), reserve=longest), ids) for ids in answers)
+        context = self.renderer.context(record, reserve=longest)
+        return tuple(Row((*context, *ids), (*[IGNORED] * len(context), *ids)) for ids in answers)
+
+    def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
+        """Return the choices' scores ``[E, C]``."""
+        batch = collate([row for example in examples for row in example], pad_id)
+        masked = self.renderer.kind is MASKED
+        wanted = batch.labels if masked else next_token_labels(batch.labels)
+        positions = wanted != IGNORED
+        logits = forward(batch.input_ids, batch.attention_mask, positions=positions)  # [N, V]
+        log_probabilities = torch.log_softmax(at_least_float32(logits), -1)
+        chosen = log_probabilities.gather(-1, wanted[positions].to(logits.device)[:, None]).squeeze(-1)  # [N]
+        row_of = positions.nonzero()[:, 0].to(logits.device)
+        scores = chosen.new_zeros(len(batch.input_ids)).index_add(0, row_of, chosen)
+        if self.config.normalise:
+            scores = scores / positions.sum(-1).to(scores)
+        return scores.view(len(examples), -1)
+
+    def _text(self, record: Mapping[str, Any], name: str) -> str:
+        if name not in record:
+            known = [str(key) for key in record]
+            raise DataError(
+                f'{location(record)} lacks the choice "{name}" and has {", ".join(known)}.{did_you_mean(name, known)}'
+            )
+        text = field_text(record, name).strip()
+        if not text:
+            raise DataError(f'{location(record)}: the choice "{name}" is empty; write its text or leave the record out')
+        return self.config.before + text
+
+
+def _masked(row: Row, tokens: Sequence[int]) -> Row:
+    labels = list(row.labels)
+    labels[row.read_at.start : row.read_at.stop] = tokens
+    return Row(row.ids, tuple(labels))

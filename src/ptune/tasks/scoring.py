@@ -1,0 +1,128 @@
+"""What tasks share that score each of a record's possible answers and take the likeliest.
+
+The loss is the cross-entropy over the scores; probabilities are their softmax. Which answers there are, and how each is
+scored, a task of its own says: `classification` by a verbalizer, `choice` by texts in the record.
+
+Shapes: E examples, C answers.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ptune.backbone import Backbone
+from ptune.batch import Row
+from ptune.tasks.metrics import expected_calibration_error, macro_f1, micro_f1
+from ptune.tasks.task import Example, Forward, Task
+
+
+class ScoringTask(Task):
+    """Takes the likeliest of C answers.
+
+    Attributes:
+        rows_each: rows of one example.
+        negative: number of the answer that micro F1 leaves out.
+        weights: ``[C]`` float32, of each answer in the loss; None for equal ones.
+    """
+
+    rows_each: int
+    negative: int | None = None
+    weights: Tensor | None = None
+
+    @abstractmethod
+    def rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
+        """Return the rows that the model reads for a record."""
+
+    @abstractmethod
+    def names(self, record: Mapping[str, Any]) -> Sequence[str]:
+        """Return what the C answers are called."""
+
+    @abstractmethod
+    def target(self, record: Mapping[str, Any]) -> int:
+        """Return the number of the right answer.
+
+        Raises:
+            DataError: the record has none, or one that is not among the answers.
+        """
+
+    @abstractmethod
+    def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
+        """Return the scores ``[E, C]``, log-probabilities but for a constant in each row."""
+
+    def corrected(self, scores: Tensor, backbone: Backbone) -> Tensor:
+        """Return scores ``[E, C]`` as they count for predictions; themselves unless a task says otherwise."""
+        return scores
+
+    def example(self, record: Mapping[str, Any]) -> Example:
+        """Return a record's rows with the number of its answer."""
+        return Example(self.rows(record), self.target(record), weight=1)
+
+    def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
+        """Return the cross-entropy over the answers, summed over examples."""
+        scores = self.scores(forward, [example.rows for example in examples], pad_id)
+        targets = torch.tensor([example.target for example in examples], device=scores.device)
+        weights = None if self.weights is None else self.weights.to(scores)
+        return functional.cross_entropy(scores, targets, weights, reduction="sum")
+
+    def predict(
+        self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
+    ) -> list[dict[str, Any]]:
+        """Return for each record its ``label``, its ``probability`` and the ``probabilities`` of all answers."""
+        probabilities = self.all_scores(backbone, records, batch_size).softmax(-1)
+        answers = []
+        for record, row in zip(records, probabilities.tolist(), strict=True):
+            best, names = max(range(len(row)), key=row.__getitem__), self.names(record)
+            answers.append(
+                {
+                    "label": names[best],
+                    "probability": row[best],
+                    "probabilities": dict(zip(names, row, strict=True)),
+                }
+            )
+        return answers
+
+    def evaluate(
+        self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
+    ) -> dict[str, float]:
+        """Return accuracy, macro F1, micro F1 where an answer is left out of it, calibration error and loss.
+
+        ``prediction_share`` is how many predictions are the most frequent one.
+        """
+        targets = [self.target(record) for record in records]
+        scores = self.all_scores(backbone, records, batch_size)
+        predicted = scores.argmax(-1).tolist()
+        metrics = {
+            "accuracy": sum(one == other for one, other in zip(targets, predicted, strict=True)) / len(targets),
+            "macro_f1": macro_f1(targets, predicted),
+        }
+        if self.negative is not None:
+            metrics["micro_f1"] = micro_f1(targets, predicted, self.negative)
+        return metrics | {
+            "calibration_error": expected_calibration_error(scores.softmax(-1), torch.tensor(targets)),
+            "loss": float(functional.cross_entropy(scores, torch.tensor(targets))),
+            "prediction_share": max(Counter(predicted).values()) / len(records),
+        }
+
+    def all_scores(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], batch_size: int) -> Tensor:
+        """Return the scores ``[E, C]`` float32 of any number of records, in their order.
+
+        They are read in batches of similar length.
+        """
+        rows = [self.rows(record) for record in records]
+        order = sorted(range(len(rows)), key=lambda index: -max(len(row.ids) for row in rows[index]))
+        at_once = max(1, batch_size // self.rows_each)
+        chunks = []
+        with torch.no_grad():
+            for start in range(0, len(order), at_once):
+                chunk = [rows[index] for index in order[start : start + at_once]]
+                chunks.append(self.scores(backbone, chunk, backbone.tokenizer.pad_token_id).float().cpu())
+            scores = torch.empty_like(torch.cat(chunks))
+            scores[order] = torch.cat(chunks)
+            return self.corrected(scores, backbone)
