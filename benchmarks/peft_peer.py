@@ -11,6 +11,7 @@ backbone's input matrix, N chosen positions.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,9 @@ class PeftPeer:
             encoder_reparameterization_type="MLP",
             encoder_hidden_size=backbone.hidden_size,
         )
-        self.model = get_peft_model(backbone.model, settings).to(backbone.device)
+        with warnings.catch_warnings():  # PEFT asks transformers by a name that is about to change
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model = get_peft_model(backbone.model, settings).to(backbone.device)
         self.backbone = backbone
         self.tokenizer = backbone.tokenizer
         self.virtual_tokens = virtual_tokens
@@ -66,7 +69,7 @@ class PeftPeer:
         torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, *, positions: Tensor) -> Tensor:
         """Return the logits ``[N, V]`` after the tokens at ``positions`` ([B, T] bool), the virtual tokens in front."""
@@ -148,7 +151,7 @@ def train_peer(
 
 def accuracy(peer: PeftPeer, task: Classification, records: Sequence[Mapping[str, Any]], batch_size: int) -> float:
     """Return the share of records whose right label has the highest log-probability."""
-    return task.evaluate(peer, records, batch_size=batch_size)["accuracy"]  # type: ignore[arg-type]
+    return task.evaluate(peer, records, batch_size=batch_size)["accuracy"]
 
 
 def _checkpoint(

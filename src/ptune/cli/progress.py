@@ -14,10 +14,11 @@ from ptune.assembly import Parts
 from ptune.checkpoint import Progress as RunProgress
 from ptune.comparison import compare_with_bare_model
 from ptune.config import RunConfig
+from ptune.filling import field_text
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
 
-_PERCENT = {"accuracy", "macro_f1", "exact_match", "prediction_share", "rouge_l"}
+_PERCENT = {"accuracy", "macro_f1", "micro_f1", "exact_match", "prediction_share", "rouge_l"}
 _HIDDEN = {"prediction_share", "majority_share"}
 
 
@@ -39,10 +40,11 @@ class ProgressReporter(Reporter):
             transient=True,
         )
         self._config: RunConfig | None = None
+        self._fields: tuple[str, ...] = ()
 
     def started(self, config: RunConfig, parts: Parts, total_steps: int, step: int) -> None:
         """Say what will be trained on what, and show the bar."""
-        self._config = config
+        self._config, self._fields = config, parts.task.renderer.template.fields[:2]
         prompted, backbone = parts.prompted, parts.prompted.backbone
         trained = sum(parameter.numel() for parameter in prompted.encoder.parameters())
         total = sum(parameter.numel() for parameter in backbone.model.parameters())
@@ -75,7 +77,7 @@ class ProgressReporter(Reporter):
     def sampled(self, records: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> None:
         """Print records with their answers, a line each."""
         for record, answer in zip(records, answers, strict=True):
-            asked = " | ".join(shorten(str(value), 50) for value in list(record.values())[:2] if value)
+            asked = " | ".join(shorten(text, 50) for name in self._fields if (text := field_text(record, name)))
             shown = (
                 answer["label"] + f" {answer['probability']:.0%}" if "label" in answer else shorten(answer["text"], 60)
             )

@@ -1,0 +1,145 @@
+"""The quality benchmark on two tiny tasks: every row comes out, and nothing is computed twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer
+
+pytest.importorskip("peft")
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TASKS = {
+    "sst2": {"positive": "the film was a wonder", "negative": "the waiter brought the wrong soup"},
+    "shopping_zh": {"positive": "苹果很新鲜", "negative": "房间有点小"},
+}
+ROWS = ["frozen", "ptune", "peft_same_steps", "peft_same_time", "peft_default"]
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quality
+
+    return quality
+
+
+@pytest.fixture
+def peft_peer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import peft_peer
+
+    return peft_peer
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, model: Path) -> list[str]:
+    for task, texts in TASKS.items():
+        (tmp_path / "data" / task).mkdir(parents=True)
+        for split, count in (("train", 24), ("dev", 6), ("test", 8)):
+            records = [
+                {"text": f"{text} {number}", "label": label}
+                for number in range(count // 2)
+                for label, text in texts.items()
+            ]
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (tmp_path / "data" / task / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    options = {"--model": model, "--data": tmp_path / "data", "--output": tmp_path / "results" / "quality.json"}
+    numbers = {"--steps": 4, "--evaluations": 1, "--seeds": 2}
+    given = [str(part) for pair in (options | numbers).items() for part in pair]
+    return [*given, "--tasks", *TASKS]
+
+
+def test_all_five_rows_of_every_task_come_out_and_a_second_call_computes_nothing(
+    quality: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quality.main([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    entries = json.loads(out)
+    assert [entry["task"] for entry in entries] == list(TASKS)
+    for entry in entries:
+        assert list(entry["rows"]) == ROWS
+        for name, row in entry["rows"].items():
+            assert row["seeds"] == (0 if name == "frozen" else 2)
+            assert 0 <= row["mean"] <= 1
+            assert ("deviation" in row) == (name != "frozen")
+        assert all(seconds > 0 for seconds in entry["seconds_per_step"].values())
+        rows = entry["rows"]
+        assert rows["ptune"]["steps"] == rows["peft_same_steps"]["steps"] == rows["peft_default"]["steps"] == 4
+        assert rows["peft_default"]["learning_rate"] == 5e-5
+    assert "0 cells computed" not in err
+
+    stored = tmp_path / "results" / "quality.json"
+    before = stored.read_bytes()
+    assert quality.main([*arguments]) == 0
+    out, err = capsys.readouterr()
+    assert "0 cells computed" in err
+    assert stored.read_bytes() == before
+    table = out.splitlines()
+    assert len(table) == 2 + len(TASKS)
+    assert all(line.count("|") == 9 for line in table)
+    assert all("±" in line for line in table[2:])
+
+
+def test_a_stopped_benchmark_computes_only_what_is_missing(
+    quality: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only_one = [*arguments[: arguments.index("--tasks")], "--tasks", "shopping_zh"]
+    assert quality.main(only_one) == 0
+    stored = tmp_path / "results" / "quality.json"
+    content = json.loads(stored.read_text())
+    whole = dict(content["tasks"]["shopping_zh"]["cells"])
+    del content["tasks"]["shopping_zh"]["cells"]["ptune/seed 0"], content["tasks"]["shopping_zh"]["cells"]["frozen"]
+    stored.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert quality.main(only_one) == 0
+    assert "2 cells computed" in capsys.readouterr().err
+    again = json.loads(stored.read_text())["tasks"]["shopping_zh"]["cells"]
+    assert set(again) == set(whole)
+    for name in ("ptune/seed 0", "frozen"):  # the same seed gives the same prompt
+        assert again[name]["test"] == whole[name]["test"]
+        assert again[name]["dev"] == whole[name]["dev"]
+
+
+def test_results_of_other_settings_are_not_mixed_in(
+    quality: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = tmp_path / "results" / "quality.json"
+    stored.parent.mkdir()
+    cells = {"frozen": {"test": 0.5, "dev": 0.5}}
+    stored.write_text(json.dumps({"tasks": {"sst2": {"settings": {"steps": 300}, "cells": cells}}}))
+    assert quality.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "holds results of sst2 with" in error
+    assert "name another --output, or remove that file" in error
+
+
+def test_the_peer_scores_labels_as_its_own_model_does(peft_peer: ModuleType, model: Path) -> None:
+    from ptune.backbone import Backbone
+
+    backbone = Backbone.load(str(model))
+    peer = peft_peer.PeftPeer(backbone, virtual_tokens=3)
+    ids = torch.tensor([[10, 11, 12, 13], [14, 15, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    positions = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]]).bool()
+    with torch.no_grad():
+        found = peer(ids, mask, positions=positions)
+        rows = peer.rows()  # [P, H]
+        for row, length in ((0, 4), (1, 2)):
+            embedded = torch.cat([rows, backbone.model.get_input_embeddings()(ids[row, :length])])[None]
+            logits = backbone.model(inputs_embeds=embedded).logits[0, 3:]
+            expected = logits[positions[row, :length]]
+            got = found[:2] if row == 0 else found[2:]
+            assert torch.allclose(got, expected, atol=1e-4)
