@@ -20,6 +20,8 @@ from ptune.encoder import PromptEncoder
 from ptune.prefixed_model import PrefixedModel
 from ptune.prompted_model import PromptedModel
 
+pytestmark = pytest.mark.usefixtures("true_float64")
+
 P, HIDDEN = 5, 12
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 WITH_PEFT = ["gpt2", "bloom", "llama", "qwen2", "qwen3"]

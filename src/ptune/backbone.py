@@ -13,23 +13,24 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptune.batch import IGNORED
 from ptune.config import ModelConfig
 from ptune.encoder_decoder import decoder_start, split_rows
 from ptune.errors import BackboneError
-from ptune.families import ENCODER_DECODER, MASKED, Kind, kind_of
+from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of
 from ptune.fingerprint import fingerprint, same_backbone, sampled_ids
 from ptune.loading import check_folder, check_tokenizer, find_device, first_position, quantization_config
 from ptune.losses import next_token_labels, summed_loss
+from ptune.plans import Plans
 from ptune.virtual_tokens import VirtualTokens, input_embedding, input_matrix
 
 MINI = Path(__file__).parent / "mini"
@@ -46,6 +47,8 @@ class Backbone:
         vocabulary_size: V, rows of the input matrix; never the tokenizer's length, which may be smaller.
         hidden_size: H, width of the input matrix.
         context_limit: most positions the model takes, virtual tokens included; None where it sets none (BLOOM).
+        plans: how its forward passes are carried out.
+        plan: ``auto`` for the cheapest that gives the same numbers, ``reference`` for the plain one.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
@@ -69,6 +72,9 @@ class Backbone:
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         if tokenizer is not None:
             check_tokenizer(tokenizer, self.vocabulary_size, self.kind, name)
+        self._cached_length = cached_length(model.config) if self.kind is CAUSAL else 0
+        self.plans = Plans(self._run, self.vocabulary_size, lambda: self.device)
+        self.plan: Literal["auto", "reference"] = "auto"
         _self_test(self)
 
     @classmethod
@@ -165,12 +171,37 @@ class Backbone:
         """
         if self.model.training:
             self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
-        device = self.device
-        positions = None if positions is None else positions.to(device)
-        arguments, positions = self._arguments(input_ids.to(device), attention_mask.to(device), positions)
+        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
+        positions = None if positions is None else positions.to(self.device)
+        if positions is not None and self._may_plan(input_ids):
+            return self.plans.logits(input_ids, attention_mask, positions)
+        arguments, positions = self._arguments(input_ids, attention_mask, positions)
         with _head_at(self.model, positions), _recomputing(self._recomputed):
             logits: Tensor = self.model(**arguments).logits
         return logits
+
+    def _may_plan(self, input_ids: Tensor) -> bool:
+        """Whether other plans than the reference give the same numbers: a layer that recomputes drops its cache."""
+        if self.plan == "reference" or (self._recomputed and torch.is_grad_enabled()):
+            return False
+        return self._cached_length is None or input_ids.shape[1] <= self._cached_length
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        past: DynamicCache | None = None,
+        *,
+        keep: bool = False,
+    ) -> tuple[Tensor, DynamicCache | None]:
+        """Run the model on what follows ``past``: what `Plans` are made of; see `ptune.plans.Run`."""
+        arguments: dict[str, Any] = self.inputs(input_ids, attention_mask)
+        if "position_ids" in arguments:
+            arguments["position_ids"] = arguments["position_ids"][:, -input_ids.shape[1] :]
+        with _head_at(self.model, positions):
+            output = self.model(**arguments, past_key_values=past, use_cache=keep)
+        return output.logits, output.past_key_values if keep else None
 
     def _arguments(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None

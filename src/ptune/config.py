@@ -6,6 +6,7 @@ Knows nothing of models, tensors or files' contents, and imports no torch, so th
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,13 @@ class Settings(BaseModel):
     """Base of all settings: immutable, unknown names refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _bytes(size: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", size, flags=re.IGNORECASE)
+    if found is None:
+        raise ValueError(f'a size is written as in "500MB" or "2GB", and found "{size}"')
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
 
 
 class ModelConfig(Settings):
@@ -200,6 +208,12 @@ class TrainingConfig(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="The gradient is clipped to this norm.")
     seed: int = Field(0, description="Of the start, the order of records and the dropout.")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Autocast, as accelerate has it.")
+    plan: Literal["auto", "reference"] = Field(
+        "auto", description="How forwards are carried out: the cheapest way to the same numbers, or the plain one."
+    )
+    context_cache: str = Field(
+        "2GB", description="Room for keys and values of text before the virtual tokens, kept over epochs; 0 for none."
+    )
     gradient_checkpointing: bool = Field(False, description="Less memory, more time: recompute activations.")
     logging_steps: int = Field(10, gt=0, description="Optimizer steps between two lines of the log.")
     evaluations: int = Field(
@@ -211,6 +225,17 @@ class TrainingConfig(Settings):
     checkpoint_minutes: float = Field(
         5.0, gt=0, description="A checkpoint is written at least so often, and at each evaluation."
     )
+
+    @property
+    def context_cache_bytes(self) -> int:
+        """The room for kept contexts in bytes."""
+        return _bytes(self.context_cache)
+
+    @field_validator("context_cache", mode="before")
+    @classmethod
+    def _a_size(cls, value: Any) -> Any:
+        _bytes(str(value))
+        return str(value)
 
 
 class RunConfig(Settings):

@@ -74,6 +74,22 @@ ENCODER_DECODER = Kind(
 )
 
 
+# Families whose attention reads all keys that a plain cache holds, at positions that ptune gives (tested one by one).
+_PLAIN_CACHE = {"gpt2", "bloom", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma"}
+
+
+def cached_length(config: PreTrainedConfig) -> int | None:
+    """Return up to how many tokens keys and values of a part may stand for the part itself; 0 for not at all.
+
+    None is no limit. Beyond its window a sliding attention no longer reads all that a plain cache holds.
+    """
+    config = config.get_text_config()
+    if config.model_type not in _PLAIN_CACHE:
+        return 0
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
 def kind_of(config: PreTrainedConfig, architecture: str | None = None) -> Kind:
     """Return the kind of a model.
 

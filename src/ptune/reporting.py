@@ -20,6 +20,9 @@ class Reporter:
     def started(self, config: RunConfig, parts: Parts, total_steps: int, step: int) -> None:
         """Training begins, or goes on after ``step``."""
 
+    def kept_contexts(self, count: int, size: int, *, full: bool) -> None:
+        """Keys and values of ``count`` contexts are kept, ``size`` bytes; ``full`` where more did not fit."""
+
     def stepped(self, step: int, loss: float, learning_rate: float) -> None:
         """An optimizer step is done; ``loss`` is its mean over what is supervised."""
 

@@ -30,6 +30,7 @@ from ptune.checkpoint import Progress, load_checkpoint, random_state, save_check
 from ptune.config import RunConfig, TrainingConfig
 from ptune.data import Record
 from ptune.errors import ConfigError, MissingExtraError, TrainingError
+from ptune.plans import context_of
 from ptune.reporting import Reporter
 from ptune.run_folder import RunFolder
 from ptune.soft_prompt import SoftPrompt
@@ -96,6 +97,7 @@ class _Run:
         optimizer = torch.optim.AdamW(
             self.prompted.encoder.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
+        self.prompted.backbone.plan = self.settings.plan
         self.model, self.optimizer = accelerator.prepare(self.prompted, optimizer)
         self.schedule = StepPlan(
             [max(len(row.ids) for row in example.rows) for example in parts.train],
@@ -120,6 +122,7 @@ class _Run:
     def finish(self) -> SoftPrompt:
         """Train to the end and save the best soft prompt."""
         self.reporter.started(self.config, self.parts, self.schedule.total_steps, self.progress.step)
+        self._keep_contexts()
         if self.progress.step == 0:
             self._evaluate()
         with _stop_signal() as stop:
@@ -127,6 +130,18 @@ class _Run:
         if stop.is_set():
             raise Stopped(f'stopped after step {self.progress.step}; "ptune train ... --resume" goes on')
         return self._save()
+
+    def _keep_contexts(self) -> None:
+        """Run what stands before virtual tokens once, where it will be read again and again."""
+        plans, vocabulary_size = self.prompted.backbone.plans, self.prompted.backbone.vocabulary_size
+        epochs = self.schedule.total_steps / self.schedule.steps_per_epoch
+        if self.settings.plan == "reference" or self.settings.gradient_checkpointing:
+            return
+        rows = [row.ids for example in self.parts.train for row in example.rows] if epochs > 1 else []
+        contexts = (context_of(ids, vocabulary_size) for ids in rows)
+        plans.prepare([ids for ids in contexts if ids], self.settings.context_cache_bytes)
+        if len(plans.contexts):
+            self.reporter.kept_contexts(len(plans.contexts), plans.contexts.bytes, full=plans.contexts.full)
 
     def _steps(self, stop: threading.Event) -> None:
         settings, last_save = self.settings, time.monotonic()

@@ -64,6 +64,13 @@ class ProgressReporter(Reporter):
         self._task = self._bar.add_task("training", total=total_steps, completed=step, loss="-", rate="")
         self._bar.start()
 
+    def kept_contexts(self, count: int, size: int, *, full: bool) -> None:
+        """Say that text before the virtual tokens is run once."""
+        more = "; no room for more (training.context_cache)" if full else ""
+        self.console.print(
+            f"frozen context: {count:,} texts run once and kept, {size / 1e6:,.0f} MB{more}", style="dim"
+        )
+
     def stepped(self, step: int, loss: float, learning_rate: float) -> None:
         """Move the bar."""
         speed = self._bar.tasks[0].speed

@@ -1,0 +1,191 @@
+"""How one forward pass is carried out: the same numbers at less cost. See ARCHITECTURE.md for when each plan pays.
+
+    reference        one forward over all ids
+    shared prefix    rows that open with the same virtual tokens: these run once, with gradient, for the whole batch
+    frozen context   text that stands before the first virtual token does not depend on the prompt: it runs without
+                     gradient, and once for a whole run where its keys and values are kept
+
+A plan is chosen from the ids alone, batch by batch, so nothing need be said by tasks or templates.
+
+Knows nothing of encoders, tasks or training. Shapes: B batch, T tokens, P virtual tokens that open a row, F tokens of a
+context, S tokens of what follows it, N chosen positions, V rows of the backbone's input matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ptune.context_cache import ContextCache
+from ptune.keys_and_values import new_cache, padded, read_cache, stacked
+
+PlanName = Literal["reference", "shared prefix", "frozen context"]
+
+_SHORTEST_CONTEXT = 8
+"""Contexts of fewer tokens, on average, are not worth a pass of their own."""
+_CONTEXT_TOKENS_AT_ONCE = 8192
+"""Tokens of one pass over contexts: enough to fill a processor, few enough for its memory."""
+
+
+class Run(Protocol):
+    """One forward pass of the model, its head at the chosen positions alone."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        past: DynamicCache | None = None,
+        *,
+        keep: bool = False,
+    ) -> tuple[Tensor, DynamicCache | None]:
+        """Return logits ``[N, V]`` and, if they are to be kept, keys and values.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: ``[B, past + T]`` int64.
+            positions: ``[B, T]`` bool.
+            past: keys and values of what stands before.
+            keep: whether keys and values are wanted.
+        """
+
+
+class Plans:
+    """Carries out forward passes of one backbone.
+
+    Attributes:
+        contexts: keys and values of contexts that are kept; empty until `prepare`.
+        last: the plan of the latest pass.
+    """
+
+    def __init__(self, run: Run, vocabulary_size: int, device: Callable[[], torch.device]) -> None:
+        self._run, self._vocabulary_size, self._device = run, vocabulary_size, device
+        self.contexts = ContextCache(0)
+        self.last: PlanName = "reference"
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Return the logits after positions, ``[N, V]``, by the cheapest plan that gives them.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: ``[B, T]`` int64.
+            positions: ``[B, T]`` bool.
+        """
+        self.last = "reference"
+        prefix = shared_prefix_length(input_ids, attention_mask, self._vocabulary_size)
+        if len(input_ids) > 1 and prefix > 1 and not bool(positions[:, : prefix - 1].any()):
+            self.last = "shared prefix"
+            return self._shared_prefix(input_ids, attention_mask, positions, prefix - 1)
+        lengths = context_lengths(input_ids, attention_mask, self._vocabulary_size)
+        if lengths is not None and float(lengths.float().mean()) >= _SHORTEST_CONTEXT:
+            before = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+            if not bool((positions & before).any()):
+                self.last = "frozen context"
+                return self._frozen_context(input_ids, attention_mask, positions, lengths)
+        return self._run(input_ids, attention_mask, positions)[0]
+
+    def prepare(self, contexts: Sequence[Sequence[int]], budget: int) -> None:
+        """Run contexts once and keep their keys and values.
+
+        They are run longest first, in batches that depend on nothing but the contexts, so that a run that is resumed
+        finds the very same numbers.
+
+        Args:
+            contexts: ids of each, virtual tokens in none.
+            budget: bytes that may be kept; what comes later is run with its batch each time.
+        """
+        self.contexts = ContextCache(budget)
+        if not self._plans_contexts(contexts):
+            return
+        distinct = sorted({tuple(ids) for ids in contexts}, key=lambda ids: (-len(ids), ids))
+        start = 0
+        while start < len(distinct) and not self.contexts.full:
+            count = max(1, _CONTEXT_TOKENS_AT_ONCE // len(distinct[start]))
+            chunk = distinct[start : start + count]
+            for ids, past in zip(chunk, self._run_contexts(chunk), strict=True):
+                self.contexts.put(ids, past)
+            start += count
+
+    @staticmethod
+    def _plans_contexts(contexts: Sequence[Sequence[int]]) -> bool:
+        """Whether contexts are long enough, on average, that `logits` will ask for them."""
+        return bool(contexts) and sum(map(len, contexts)) >= _SHORTEST_CONTEXT * len(contexts)
+
+    def _shared_prefix(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, length: int) -> Tensor:
+        """Run the first ``length`` virtual tokens once. The last of the run stays with its row, to predict text."""
+        prefix = input_ids[:1, :length]
+        nowhere = torch.zeros_like(prefix, dtype=torch.bool)
+        _, cache = self._run(prefix, torch.ones_like(prefix), nowhere, keep=True)
+        past = new_cache(read_cache(cache), len(input_ids))
+        return self._run(input_ids[:, length:], attention_mask, positions[:, length:], past)[0]
+
+    def _frozen_context(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Run what follows the contexts, given their keys and values."""
+        ends = attention_mask.sum(-1)
+        contexts = [tuple(row[:length]) for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
+        missing = sorted({ids for ids in contexts if ids not in self.contexts}, key=lambda ids: (-len(ids), ids))
+        run = dict(zip(missing, self._run_contexts(missing), strict=True)) if missing else {}
+        rows = [run[ids] if ids in run else self.contexts[ids] for ids in contexts]
+        longest = int(lengths.max())
+        device = input_ids.device
+        past = padded(rows, longest, rows[0].dtype, device)
+        steps = torch.arange(int((ends - lengths).max()), device=device)
+        places = lengths[:, None] + steps  # [B, S]
+        within = places < ends[:, None]
+        places = places.clamp(max=input_ids.shape[1] - 1)
+        heard = torch.arange(longest, device=device) >= longest - lengths[:, None]  # [B, F], zeros stand in front
+        mask = torch.cat([heard, within], dim=-1).to(attention_mask.dtype)
+        chosen = positions.gather(-1, places) & within
+        return self._run(input_ids.gather(-1, places), mask, chosen, new_cache(past, len(rows)))[0]
+
+    def _run_contexts(self, contexts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Return the keys and values of contexts, each ``[2 L, K, F, D]`` of its own length."""
+        longest = max(map(len, contexts))
+        ids = torch.zeros(len(contexts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for number, context in enumerate(contexts):
+            ids[number, : len(context)] = torch.tensor(context)
+            mask[number, : len(context)] = 1
+        ids, mask = ids.to(self._device()), mask.to(self._device())
+        with torch.no_grad():
+            _, cache = self._run(ids, mask, torch.zeros_like(ids, dtype=torch.bool), keep=True)
+        layers = read_cache(cache)
+        return [stacked(layers, number, 0, len(context)) for number, context in enumerate(contexts)]
+
+
+def context_of(ids: Sequence[int], vocabulary_size: int) -> tuple[int, ...]:
+    """Return what stands before the first virtual token of a row; nothing where it has none or opens with one."""
+    first = next((place for place, token in enumerate(ids) if token >= vocabulary_size), 0)
+    return tuple(ids[:first])
+
+
+def shared_prefix_length(input_ids: Tensor, attention_mask: Tensor, vocabulary_size: int) -> int:
+    """Return how many virtual tokens open every row alike, 0 where rows differ or begin with pads.
+
+    Args:
+        input_ids: ``[B, T]`` int64.
+        attention_mask: ``[B, T]`` int64.
+        vocabulary_size: V.
+    """
+    alike = (input_ids == input_ids[:1]).all(0) & (input_ids[0] >= vocabulary_size) & attention_mask.bool().all(0)
+    return int(alike.int().cumprod(0).sum())
+
+
+def context_lengths(input_ids: Tensor, attention_mask: Tensor, vocabulary_size: int) -> Tensor | None:
+    """Return how many tokens stand before each row's first virtual token, ``[B]`` int64.
+
+    None where a row has no virtual token, or begins with pads.
+
+    Args:
+        input_ids: ``[B, T]`` int64.
+        attention_mask: ``[B, T]`` int64.
+        vocabulary_size: V.
+    """
+    virtual = (input_ids >= vocabulary_size) & attention_mask.bool()
+    if not bool(virtual.any(-1).all()) or not bool(attention_mask[:, 0].all()):
+        return None
+    return virtual.int().argmax(-1)

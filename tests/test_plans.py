@@ -1,0 +1,172 @@
+"""Every plan gives the numbers of the reference: losses, gradients, for every family, padded or not, kept or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
+from torch import Tensor
+
+from ptune.backbone import Backbone
+from ptune.batch import IGNORED
+from ptune.config import EncoderConfig
+from ptune.encoder import PromptEncoder, build_encoder
+from ptune.plans import Plans
+from ptune.prompted_model import PromptedModel
+
+P = 5
+
+
+LIMIT = {torch.float64: 1e-9, torch.float32: 1e-5}
+SHAPES = {
+    "in front": ("shared prefix", lambda words, virtual: [*virtual, *words]),
+    "behind": ("frozen context", lambda words, virtual: [*words[:-2], *virtual, *words[-2:]]),
+    "both": ("shared prefix", lambda words, virtual: [*virtual[:3], *words[:-2], *virtual[3:], *words[-2:]]),
+    "two runs": (
+        "frozen context",
+        lambda words, virtual: [*words[:-3], *virtual[:2], words[-3], *virtual[2:], *words[-2:]],
+    ),
+}
+Shape = Callable[[list[int], list[int]], list[int]]
+
+
+pytestmark = pytest.mark.usefixtures("true_float64")
+
+
+def prompted_model(family: str, dtype: torch.dtype = torch.float64, **encoder: object) -> PromptedModel:
+    backbone = Backbone(tiny_model(family, dtype=dtype), tiny_tokenizer(), family)
+    initial = backbone.embeddings(torch.arange(30, 30 + P))
+    settings = EncoderConfig.model_validate({"type": "mlp", "hidden_size": 8, "residual": False} | encoder)
+    return PromptedModel(backbone, build_encoder(settings, initial, 0).to(dtype))
+
+
+def batch(prompted: PromptedModel, shape: Shape, lengths: tuple[int, ...] = (24, 14, 11)) -> tuple[Tensor, ...]:
+    """Ids, mask and labels of rows whose last two tokens are supervised."""
+    virtual = list(range(prompted.first_virtual_id, prompted.first_virtual_id + P))
+    generator = torch.Generator().manual_seed(7)
+    rows = [shape(torch.randint(4, 340, (n,), generator=generator).tolist(), virtual) for n in lengths]
+    ids, mask = torch.zeros(len(rows), max(map(len, rows))).long(), torch.zeros(len(rows), max(map(len, rows))).long()
+    labels = torch.full_like(ids, IGNORED)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+        labels[number, len(row) - 2 : len(row)] = torch.tensor(row[-2:])
+    return ids, mask, labels
+
+
+def loss_and_gradients(prompted: PromptedModel, plan: str, data: tuple[Tensor, ...]) -> list[Tensor]:
+    prompted.backbone.plan = plan  # type: ignore[assignment]
+    prompted.encoder.zero_grad()
+    torch.manual_seed(0)  # of the dropout's mask
+    ids, mask, labels = data
+    loss = prompted(ids, mask, labels=labels)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in prompted.encoder.parameters() if p.grad is not None)]
+
+
+def assert_same(ours: list[Tensor], expected: list[Tensor], limit: float) -> None:
+    assert len(ours) == len(expected) > 1
+    for one, other in zip(ours, expected, strict=True):
+        assert float((one - other).abs().max()) <= limit * float(other.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_gives_the_reference_s_loss_and_gradients(family: str, name: str, dtype: torch.dtype) -> None:
+    expected_plan, shape = SHAPES[name]
+    with prompted_model(family, dtype) as prompted:
+        data = batch(prompted, shape)
+        expected = loss_and_gradients(prompted, "reference", data)
+        ours = loss_and_gradients(prompted, "auto", data)
+        assert prompted.backbone.plans.last == expected_plan
+        assert_same(ours, expected, LIMIT[dtype])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama", "qwen3"])
+def test_contexts_that_are_kept_give_the_same(family: str) -> None:
+    with prompted_model(family) as prompted:
+        ids, mask, labels = data = batch(prompted, SHAPES["behind"][1])
+        expected = loss_and_gradients(prompted, "reference", data)
+        plans = prompted.backbone.plans
+        contexts = [row[: length - P - 2] for row, length in zip(ids.tolist(), mask.sum(-1), strict=True)]
+        plans.prepare(contexts, 10**9)
+        assert len(plans.contexts) == 3
+        room_for_one = plans.contexts.bytes * len(contexts[0]) // sum(map(len, contexts))
+        for budget, kept in ((10**9, 3), (room_for_one, 1), (0, 0)):
+            plans.prepare(contexts, budget)
+            assert len(plans.contexts) == kept
+            assert plans.contexts.bytes <= budget
+            assert_same(loss_and_gradients(prompted, "auto", data), expected, 1e-9)
+
+
+def test_a_kept_context_is_not_run_again() -> None:
+    with prompted_model("llama") as prompted:
+        ids, mask, labels = batch(prompted, SHAPES["behind"][1])
+        read: list[int] = []
+        hook = prompted.backbone.model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda _module, arguments: read.append(arguments[0].shape[0] * arguments[0].shape[1])
+        )
+        prompted(ids, mask, labels=labels)
+        first, read[:] = sum(read), []
+        contexts = [row[: n - P - 2] for row, n in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)]
+        prompted.backbone.plans.prepare(contexts, 10**9)
+        read[:] = []
+        prompted(ids, mask, labels=labels)
+        assert sum(read) == 3 * (P + 2)
+        assert first >= sum(map(len, contexts)) + sum(read)
+        changed = ids.clone()
+        changed[0, 0] += 1  # another context is a miss
+        read[:] = []
+        prompted(changed, mask, labels=labels)
+        assert sum(read) == 3 * (P + 2) + len(contexts[0])
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_encoder_s_dropout_mask_is_the_same(name: str) -> None:
+    with prompted_model("llama", dropout=0.5, num_layers=3) as prompted:
+        prompted.train()
+        data = batch(prompted, SHAPES[name][1])
+        expected = loss_and_gradients(prompted, "reference", data)
+        assert_same(loss_and_gradients(prompted, "auto", data), expected, 1e-9)
+
+
+def test_rows_of_one_length_and_a_single_row_agree_too() -> None:
+    with prompted_model("gpt2") as prompted:
+        for lengths in ((12, 12), (30,)):
+            for name, (_, shape) in SHAPES.items():
+                data = batch(prompted, shape, lengths)
+                expected = loss_and_gradients(prompted, "reference", data)
+                assert_same(loss_and_gradients(prompted, "auto", data), expected, 1e-9), name
+
+
+def test_what_no_plan_gives_goes_by_the_reference() -> None:
+    with prompted_model("llama") as prompted:
+        backbone = prompted.backbone
+        ids, mask, labels = batch(prompted, SHAPES["in front"][1])
+        padded_left = [
+            torch.stack([row.roll(int((mask[n] == 0).sum())) for n, row in enumerate(t)]) for t in (ids, mask)
+        ]
+        expected = prompted.token_log_probabilities(ids, mask)
+        backbone.plan = "reference"
+        reference = prompted.token_log_probabilities(ids, mask)
+        backbone.plan = "auto"
+        assert torch.allclose(expected, reference, rtol=1e-9, atol=1e-12, equal_nan=True)
+        prompted(*padded_left, positions=padded_left[1].bool())
+        assert backbone.plans.last == "reference"
+        everywhere = mask.bool()
+        prompted(ids, mask, positions=everywhere)  # the virtual tokens' own places are asked for
+        assert backbone.plans.last == "reference"
+        backbone.enable_gradient_checkpointing()
+        prompted(ids, mask, labels=labels)
+        assert backbone.plans.last == "reference"
+    unknown = Backbone(tiny_model("gpt2"), tiny_tokenizer(), "gpt2")
+    assert isinstance(unknown.plans, Plans)
+    mistral = prompted_model("mistral")
+    mistral.backbone.model.config.sliding_window = 8
+    narrow = Backbone(mistral.backbone.model, tiny_tokenizer(), "mistral")
+    narrow.logits(*(tensor[:, :20] for tensor in (ids % 340, mask)), torch.ones_like(mask[:, :20]).bool())
+    assert narrow.plans.last == "reference"
+    assert isinstance(mistral.encoder, PromptEncoder)
