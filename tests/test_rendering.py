@@ -353,7 +353,7 @@ def test_a_field_that_is_no_text_is_refused_and_numbers_are_written() -> None:
     own = renderer("{text}[P]{answer}")
     assert TOKENIZER.decode(text_of(own.context({"text": 12}))) == "12"
     with pytest.raises(DataError, match='the field "text" holds list, and a template takes text'):
-        own.context({"text": ["a"]})
+        own.context({"text": [1, 2]})
 
 
 def test_rows_that_are_tokenised_already_get_virtual_tokens_in_front() -> None:

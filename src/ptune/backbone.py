@@ -10,7 +10,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +24,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptune.batch import IGNORED
 from ptune.config import ModelConfig
+from ptune.context_cache import ContextCache
 from ptune.encoder_decoder import decoder_start, split_rows
 from ptune.errors import BackboneError
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of
 from ptune.fingerprint import fingerprint, same_backbone, sampled_ids
 from ptune.loading import check_folder, check_tokenizer, find_device, first_position, quantization_config
 from ptune.losses import next_token_labels, summed_loss
-from ptune.plans import Plans
+from ptune.plans import Plans, context_of
 from ptune.virtual_tokens import VirtualTokens, input_embedding, input_matrix
 
 MINI = Path(__file__).parent / "mini"
@@ -173,18 +174,36 @@ class Backbone:
             self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         positions = None if positions is None else positions.to(self.device)
-        if positions is not None and self._may_plan(input_ids):
+        if positions is not None and self._may_plan(input_ids.shape[1]):
             return self.plans.logits(input_ids, attention_mask, positions)
         arguments, positions = self._arguments(input_ids, attention_mask, positions)
         with _head_at(self.model, positions), _recomputing(self._recomputed):
             logits: Tensor = self.model(**arguments).logits
         return logits
 
-    def _may_plan(self, input_ids: Tensor) -> bool:
-        """Whether other plans than the reference give the same numbers: a layer that recomputes drops its cache."""
+    def keep_contexts(self, rows: Iterable[Sequence[int]], budget: int) -> ContextCache:
+        """Run what stands before the first virtual token of rows once, where a plan will read it again and again.
+
+        Args:
+            rows: ids of each.
+            budget: bytes of keys and values that may be kept; those before are forgotten.
+
+        Returns:
+            What is kept: nothing where only the reference plan gives the same numbers.
+        """
+        planned = [ids for ids in rows if self._may_plan(len(ids)) and not self._recomputed]
+        contexts = (context_of(ids, self.vocabulary_size) for ids in planned)
+        self.plans.prepare([ids for ids in contexts if ids], budget)
+        return self.plans.contexts
+
+    def _may_plan(self, tokens: int) -> bool:
+        """Whether other plans than the reference give the same numbers for rows of so many tokens.
+
+        A layer that recomputes drops its cache.
+        """
         if self.plan == "reference" or (self._recomputed and torch.is_grad_enabled()):
             return False
-        return self._cached_length is None or input_ids.shape[1] <= self._cached_length
+        return self._cached_length is None or tokens <= self._cached_length
 
     def _run(
         self,

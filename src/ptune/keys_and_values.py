@@ -47,10 +47,10 @@ def stacked(layers: Sequence[LayerKeysAndValues], row: int, start: int, end: int
 
 
 def padded(rows: Sequence[Tensor], length: int, dtype: torch.dtype, device: torch.device) -> list[LayerKeysAndValues]:
-    """Return rows of `stacked`, ``[2 L, K, T, D]`` of differing T, as one past with zeros in front.
+    """Return rows of differing T as one past ``[B, K, length, D]`` for each layer, with zeros in front.
 
     Args:
-        rows: B of them.
+        rows: B of them, each ``[2 L, K, T, D]`` as `stacked` gives them.
         length: of the longest.
         dtype: of the result.
         device: of the result.

@@ -30,7 +30,6 @@ from ptune.checkpoint import Progress, load_checkpoint, random_state, save_check
 from ptune.config import RunConfig, TrainingConfig
 from ptune.data import Record
 from ptune.errors import ConfigError, MissingExtraError, TrainingError
-from ptune.plans import context_of
 from ptune.reporting import Reporter
 from ptune.run_folder import RunFolder
 from ptune.soft_prompt import SoftPrompt
@@ -79,6 +78,9 @@ def train(
             backbone = Backbone.load(config.model.model_copy(update={"device": device}))
         parts = assemble(config, backbone, records)
         with parts.prompted:
+            folder.begin()
+            if config.training.trackers:
+                accelerator.init_trackers(folder.path.name)
             return _Run(config, parts, accelerator, folder, reporter).finish()
 
 
@@ -123,9 +125,9 @@ class _Run:
         """Train to the end and save the best soft prompt."""
         self.reporter.started(self.config, self.parts, self.schedule.total_steps, self.progress.step)
         self._keep_contexts()
-        if self.progress.step == 0:
-            self._evaluate()
         with _stop_signal() as stop:
+            if self.progress.step == 0:
+                self._evaluate()
             self._steps(stop)
         if stop.is_set():
             raise Stopped(f'stopped after step {self.progress.step}; "ptune train ... --resume" goes on')
@@ -133,15 +135,11 @@ class _Run:
 
     def _keep_contexts(self) -> None:
         """Run what stands before virtual tokens once, where it will be read again and again."""
-        plans, vocabulary_size = self.prompted.backbone.plans, self.prompted.backbone.vocabulary_size
-        epochs = self.schedule.total_steps / self.schedule.steps_per_epoch
-        if self.settings.plan == "reference" or self.settings.gradient_checkpointing:
-            return
-        rows = [row.ids for example in self.parts.train for row in example.rows] if epochs > 1 else []
-        contexts = (context_of(ids, vocabulary_size) for ids in rows)
-        plans.prepare([ids for ids in contexts if ids], self.settings.context_cache_bytes)
-        if len(plans.contexts):
-            self.reporter.kept_contexts(len(plans.contexts), plans.contexts.bytes, full=plans.contexts.full)
+        again = self.schedule.total_steps > self.schedule.steps_per_epoch
+        rows = [row.ids for example in self.parts.train for row in example.rows] if again else []
+        kept = self.prompted.backbone.keep_contexts(rows, self.settings.context_cache_bytes)
+        if len(kept):
+            self.reporter.kept_contexts(len(kept), kept.bytes, full=kept.full)
 
     def _steps(self, stop: threading.Event) -> None:
         settings, last_save = self.settings, time.monotonic()
@@ -335,8 +333,6 @@ def _accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
         raise MissingExtraError(
             f"training.trackers names {', '.join(missing)}, which is not installed; install it, or leave it out"
         )
-    if settings.trackers:
-        accelerator.init_trackers(folder.path.name)
     return accelerator
 
 
