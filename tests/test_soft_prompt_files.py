@@ -231,12 +231,13 @@ def test_a_kill_at_any_moment_leaves_a_whole_soft_prompt(tmp_path: Path) -> None
 def test_who_reads_while_another_saves_gets_a_whole_soft_prompt(tmp_path: Path) -> None:
     writer = start_writer(tmp_path)
     try:
-        counts = [assert_whole(SoftPrompt.load(tmp_path)) for _ in range(200)]
+        counts = [assert_whole(SoftPrompt.load(tmp_path)) for _ in range(100)]
+        while counts[-1] < counts[0] + 3:  # a busy machine may let the writer wait
+            counts.append(assert_whole(SoftPrompt.load(tmp_path)))
     finally:
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
     assert counts == sorted(counts)
-    assert counts[-1] > counts[0]
 
 
 def test_a_save_that_fails_leaves_the_soft_prompt_before_it(tmp_path: Path, gpt2: Backbone) -> None:

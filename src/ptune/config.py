@@ -231,6 +231,11 @@ class TrainingConfig(Settings):
         """The room for kept contexts in bytes."""
         return _bytes(self.context_cache)
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_text(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare `no` as a boolean
+
     @field_validator("context_cache", mode="before")
     @classmethod
     def _a_size(cls, value: Any) -> Any:

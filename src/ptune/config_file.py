@@ -6,9 +6,10 @@ Knows the settings' names, not their meaning.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -80,10 +81,10 @@ def override(name: str) -> str:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return dotted names and values of what the command line was given: ``--training.seed 3 --lr=1e-3``.
+    """Return dotted names and values of what the command line was given: ``--training.seed 3 --learning-rate=1e-3``.
 
     Raises:
-        ConfigError: a stray word, a missing value, or an unknown setting.
+        ConfigError: a stray word, a missing or unreadable value, or an unknown setting.
     """
     overrides: dict[str, Any] = {}
     rest = list(arguments)
@@ -96,27 +97,47 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not rest:
                 raise ConfigError(f"--{name} needs a value")
             value = rest.pop(0)
-        overrides[override(name)] = yaml.safe_load(value) if value else value
+        full = override(name)
+        overrides[full] = _typed_value(full, value)
     return overrides
 
 
 def setting_names() -> list[str]:
     """Return the dotted names of all settings of a run."""
-    names: list[str] = []
+    return list(dict.fromkeys(name for name, _ in _leaves()))
+
+
+def _leaves() -> Iterator[tuple[str, Any]]:
     for name, field in RunConfig.model_fields.items():
-        if name == "task":
-            names += dict.fromkeys(f"task.{leaf}" for kind in TASK_CONFIGS for leaf in kind.model_fields)
-        else:
-            names += _names(name, field.annotation)
-    return names
+        for annotation in TASK_CONFIGS if name == "task" else [field.annotation]:
+            yield from _leaves_of(name, annotation)
 
 
-def _names(prefix: str, annotation: Any) -> list[str]:
+def _leaves_of(prefix: str, annotation: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [
-            n for leaf, field in annotation.model_fields.items() for n in _names(f"{prefix}.{leaf}", field.annotation)
-        ]
-    return [prefix]
+        for leaf, field in annotation.model_fields.items():
+            yield from _leaves_of(f"{prefix}.{leaf}", field.annotation)
+    else:
+        yield prefix, annotation
+
+
+def _typed_value(name: str, typed: str) -> Any:
+    parts = [part for leaf, annotation in _leaves() if leaf == name for part in _parts(annotation)]
+    if typed == "null" and type(None) in parts:
+        return None
+    # a text is taken as it stands: as YAML, `no` would be a boolean, and a template often no YAML at all
+    if all(part in (str, Path, type(None)) or isinstance(part, str) for part in parts):
+        return typed
+    try:
+        return yaml.safe_load(typed)
+    except yaml.YAMLError:
+        raise ConfigError(f"--{name} takes a value as it stands in a YAML file, and got '{typed}'") from None
+
+
+def _parts(annotation: Any) -> list[Any]:
+    if get_origin(annotation) in (Union, UnionType, Literal):
+        return [part for argument in get_args(annotation) for part in _parts(argument)]
+    return [annotation]
 
 
 def _names_and_leaves(names: Sequence[str]) -> list[str]:
@@ -141,8 +162,10 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _sentence(entry: Any, values: Mapping[str, Any]) -> str:
-    # pydantic puts the chosen kind of a task into the location; the user never wrote it
-    location = [str(part) for part in entry["loc"] if part not in ("classification", "generation")]
+    location = [str(part) for part in entry["loc"]]
+    kinds = [kind.model_fields["type"].default for kind in TASK_CONFIGS]
+    if location[:1] == ["task"] and location[1:2] and location[1] in kinds:
+        del location[1]  # pydantic puts the chosen kind of a task into the location; the user never wrote it
     name = ".".join(location)
     if entry["type"] == "extra_forbidden":
         siblings = [n.rsplit(".", 1)[-1] for n in setting_names() if n.rsplit(".", 1)[0] == ".".join(location[:-1])]
@@ -153,7 +176,7 @@ def _sentence(entry: Any, values: Mapping[str, Any]) -> str:
     if entry["type"] == "missing":
         return f'"{name}" is missing'
     if entry["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f'"{name}.type" should be classification or generation'
+        return f'"{name}.type" should be {", ".join(kinds[:-1])} or {kinds[-1]}'
     message = entry["msg"].removeprefix("Value error, ")
     found = entry["input"]
     shown = "" if isinstance(found, dict) else f", and is {found!r}"

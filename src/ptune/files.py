@@ -81,6 +81,27 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda temporary: _write_bytes(temporary, text.encode("utf-8")))
 
 
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a text file in UTF-8, made where absent: all of it or nothing.
+
+    Raises:
+        OutputError: it cannot be written; the lines before it are still there.
+    """
+    path = Path(path)
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                rest = memoryview((line + "\n").encode("utf-8"))
+                while rest:
+                    rest = rest[file.write(rest) or 0 :]
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        raise OutputError(_cannot_write(path, error)) from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented UTF-8 JSON, atomically; keys keep their order.
 
@@ -286,13 +307,21 @@ def _locked(path: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A run that ended between open and lock has removed this file: a lock on it would exclude nobody.
             if _stands_at(descriptor, path):
-                os.truncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
+                _sign(descriptor, path)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _sign(descriptor: int, path: Path) -> None:
+    try:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
+    except OSError:
+        path.unlink()
+        raise
 
 
 def _stands_at(descriptor: int, path: Path) -> bool:

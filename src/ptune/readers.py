@@ -93,7 +93,7 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
 
 def _json_line(text: str, path: Path, number: int) -> Any:
     try:
-        return parse_json(text, path, DataError, number)
+        return parse_json(text.rstrip(), path, DataError, number)  # a mistake at the end is on this line, not the next
     except DataError as error:
         if number == 1 and text.lstrip().startswith("["):
             raise DataError(

@@ -11,14 +11,15 @@ Knows the settings, and nothing of models.
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ptune.config import RunConfig
 from ptune.config_file import config_yaml, differing_settings, load_config
 from ptune.errors import ConfigError, OutputError
-from ptune.files import folder_lock, write_text
+from ptune.files import append_line, folder_lock, write_text
 
 # Settings that may change between a run and its resumption without changing its result.
 _FREE_TO_CHANGE = {
@@ -31,7 +32,7 @@ _FREE_TO_CHANGE = {
 
 
 class RunFolder:
-    """A run's folder, locked while it is open.
+    """A run's folder, locked while it is open. Until the run begins nothing in it is changed.
 
     Attributes:
         path: the soft prompt's folder.
@@ -45,6 +46,8 @@ class RunFolder:
         self.checkpoint = self.run / "checkpoint.safetensors"
         self._config, self._resume, self._overwrite = config, resume, overwrite
         self._stack = ExitStack()
+        self._made: list[Path] = []
+        self._begun = False
 
     def __enter__(self) -> RunFolder:
         """Lock the folder and see that it may be used.
@@ -56,13 +59,15 @@ class RunFolder:
         others = self._foreign_files()
         if others:
             raise OutputError(f'"{self.path}" is no run\'s folder: it holds {others[0]}; choose another --output')
+        self._made = [folder for folder in (self.run, *self.run.parents) if not folder.exists()]
         try:
             self.run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f'cannot make the folder "{self.run}": {error.strerror}') from error
-        self._stack.enter_context(folder_lock(self.run))
+        self._stack.callback(self._remove_what_was_made)
         try:
-            self._claim()
+            self._stack.enter_context(folder_lock(self.run))
+            self._check()
         except BaseException:
             self._stack.close()
             raise
@@ -73,18 +78,39 @@ class RunFolder:
     ) -> None:
         self._stack.close()
 
+    def begin(self) -> None:
+        """Take the folder for this run, once settings, model and data are known to fit.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if not self._resume:
+            for old in (self.checkpoint, self.run / "log.jsonl"):
+                old.unlink(missing_ok=True)
+            write_text(self.run / "config.yaml", config_yaml(self._config))
+        self._begun = True
+
     def log(self, values: dict[str, Any], *, write: bool = True) -> None:
-        """Add a line to ``run/log.jsonl``."""
+        """Add a line to ``run/log.jsonl``.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         if write:
-            with (self.run / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            append_line(self.run / "log.jsonl", json.dumps(values))
 
     def _foreign_files(self) -> list[str]:
         if not self.path.is_dir() or (self.path / "run").is_dir() or (self.path / "ptune.json").exists():
             return []
         return sorted(p.name for p in self.path.iterdir())
 
-    def _claim(self) -> None:
+    def _remove_what_was_made(self) -> None:
+        if not self._begun:
+            with suppress(OSError):  # not empty: somebody else writes there
+                for folder in self._made:
+                    folder.rmdir()
+
+    def _check(self) -> None:
         settings = self.run / "config.yaml"
         if self._resume:
             if not settings.is_file():
@@ -100,6 +126,3 @@ class RunFolder:
             raise OutputError(
                 f'"{self.path}" holds another run; choose another --output, or --resume it, or --overwrite it'
             )
-        for old in (self.checkpoint, self.run / "log.jsonl"):
-            old.unlink(missing_ok=True)
-        write_text(settings, config_yaml(self._config))

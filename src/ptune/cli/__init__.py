@@ -53,6 +53,3 @@ def main() -> None:
     except PtuneError as error:
         print(f"ptune: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        print(f"ptune: {stopped}" if str(stopped) else "ptune: stopped", file=sys.stderr)
-        sys.exit(130)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from ptune.cli.evaluate import column_mapping
+from ptune.errors import ConfigError
 
 if TYPE_CHECKING:
     from ptune.chat import Chat
+    from ptune.generation import GenerationOptions
 
 
 def generate(
@@ -43,12 +46,11 @@ def generate(
     quiet()
     from ptune.chat import Chat
     from ptune.engine import Engine
-    from ptune.generation import GenerationOptions
 
     with Engine.for_prompt(prompt, model) as engine:
         (name,) = engine.prompts
         loaded = engine.prompts[name]
-        options = GenerationOptions(
+        options = _options(
             max_new_tokens=max_new_tokens or getattr(loaded.prompt.task, "max_new_tokens", 128),
             do_sample=any(value is not None for value in (temperature, top_p, top_k)),
             temperature=1.0 if temperature is None else temperature,
@@ -68,6 +70,17 @@ def generate(
             typer.echo("An empty line ends the chat.", err=True)
         while line := _question():
             _answer(chat, {**engine.first_field(name, line), **others})
+
+
+def _options(**values: Any) -> GenerationOptions:
+    from ptune.generation import GenerationOptions
+
+    try:
+        return GenerationOptions(**values)
+    except ValidationError as error:
+        entry = error.errors()[0]
+        option, message = str(entry["loc"][0]).replace("_", "-"), entry["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--{option}: {message[0].lower() + message[1:]}") from None
 
 
 def _question() -> str:

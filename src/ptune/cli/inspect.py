@@ -59,18 +59,17 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     task = build_task(settings, template, Backbone.load(settings.model))
     console = Console(highlight=False, soft_wrap=True)
     train, _ = read_records(settings, template)
+    end = settings.task.type == "generation"  # other tasks score their answers without the token that ends a text
     for record in train[:count]:
         text = Text()
-        for segment in task.renderer.preview(record, task.answer(record)):
+        for segment in task.renderer.preview(record, task.answer(record), end=end):
             text.append(segment.text, style=_COLOURS[segment.kind])
-        row = task.example(record)
+        row = task.renderer.row(record, task.answer(record), end=end)
         console.rule(f"[dim]{getattr(record, 'location', '')}", align="left")
         console.print(text)
         if row is not None:
-            supervised = sum(label >= 0 for label in row.rows[0].labels)
-            console.print(
-                f"[dim]{len(row.rows[0].ids)} tokens, {supervised} supervised{', cut' if row.rows[0].cut else ''}[/]"
-            )
+            supervised = sum(label >= 0 for label in row.labels)
+            console.print(f"[dim]{len(row.ids)} tokens, {supervised} supervised{', cut' if row.cut else ''}[/]")
 
 
 def _inspect_prompt(folder: Path, model: str | None, count: int) -> None:

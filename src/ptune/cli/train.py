@@ -45,7 +45,12 @@ def train(
 
     quiet()
     from ptune.cli.progress import ProgressReporter
+    from ptune.training import Stopped
     from ptune.training import train as run
 
-    with ProgressReporter() as reporter:
-        run(settings, reporter=reporter, resume=resume, overwrite=overwrite)
+    try:
+        with ProgressReporter() as reporter:
+            run(settings, reporter=reporter, resume=resume, overwrite=overwrite)
+    except Stopped as stopped:  # typer would end without a word
+        typer.echo(f"ptune: {stopped}", err=True)
+        raise typer.Exit(130) from None
