@@ -1,0 +1,120 @@
+"""The files in examples/: each is a run that fits its data set, and the tutorial's job runs through in a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_model, tiny_tokenizer
+
+from ptune.assembly import build_task, parse_template, read_records
+from ptune.backbone import Backbone
+from ptune.config import TASK_CONFIGS, ClassificationConfig, RunConfig
+from ptune.config_file import load_config
+from ptune.soft_prompt import SoftPrompt
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FILES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
+DATA_SETS = {
+    "alpaca_zh_bloom.yaml": "alpaca_zh",
+    "shopping_categories.yaml": "shopping_zh",
+    "sst2_mini.yaml": "sst2",
+}
+"""Folders of the data sets of examples that are not called as theirs."""
+
+QUESTION = "数学考试有哪些技巧？"
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of BLOOM's shape, on disk."""
+    folder = tmp_path_factory.mktemp("bloom")
+    tiny_model("bloom").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_there_are_examples_and_the_tutorials_job_is_among_them() -> None:
+    assert "alpaca_zh_bloom.yaml" in FILES
+    assert len(FILES) >= 3
+    assert set(DATA_SETS) <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_example_is_a_run_with_a_task_and_virtual_tokens(name: str) -> None:
+    config = load_config(EXAMPLES / name)
+    assert isinstance(config, RunConfig)
+    assert isinstance(config.task, TASK_CONFIGS)
+    template = parse_template(config)
+    assert template.num_virtual_tokens > 0
+    assert template.fields
+    assert config.output.parts[0] == "prompts"
+    first = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith(f"# ptune train examples/{name}")
+
+
+def test_no_two_examples_write_into_one_folder() -> None:
+    outputs = [load_config(EXAMPLES / name).output for name in FILES]
+    assert len(set(outputs)) == len(outputs)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_example_fits_its_data_set(name: str, real_data: Path, bloom: Path) -> None:
+    folder = real_data / DATA_SETS.get(name, Path(name).stem)
+    config = load_config(EXAMPLES / name, {"data.train": str(folder), "data.limit": 30})
+    if isinstance(config.task, ClassificationConfig):  # the tiny tokenizer spells words, which may begin one another
+        letters = {label: f" {chr(ord('A') + number)}" for number, label in enumerate(config.task.verbalizer)}
+        config = config.model_copy(update={"task": config.task.model_copy(update={"verbalizer": letters})})
+    template = parse_template(config)
+    train, dev = read_records(config, template)
+    assert train
+    assert dev
+    task = build_task(config, template, Backbone.load(str(bloom)))
+    examples = [task.example(record) for record in (*train[:30], *dev[:30])]
+    assert sum(example is not None for example in examples) > len(examples) // 2
+    virtual = [
+        sum(token < 0 or token >= 352 for token in row.ids)
+        for example in examples
+        if example is not None
+        for row in example.rows
+    ]
+    assert set(virtual) == {template.num_virtual_tokens}
+
+
+def test_the_tutorials_job_is_the_tutorials() -> None:
+    config = load_config(EXAMPLES / "alpaca_zh_bloom.yaml")
+    assert (config.model.name, config.data.train) == ("Langboat/bloom-1b4-zh", "shibing624/alpaca-zh")
+    assert config.prompt.template == "[P*10]Human: {instruction}[?\n{input}]\n\nAssistant: {answer}"
+    encoder, training = config.prompt.encoder, config.training
+    assert (encoder.type, encoder.num_layers, encoder.hidden_size, encoder.dropout) == ("mlp", 5, 1024, 0.1)
+    assert (training.batch_size, training.gradient_accumulation_steps, training.epochs) == (1, 8, 1)
+    assert (training.logging_steps, config.prompt.max_length) == (10, 256)
+
+
+def test_the_tutorials_job_runs_through_and_answers(real_data: Path, bloom: Path, tmp_path: Path) -> None:
+    def ptune(*arguments: object) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "ptune", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    folder, output = real_data / "alpaca_zh", tmp_path / "prompt"
+    where = ["--model", bloom, "--data", folder, "--output", output]
+    said = ptune("train", EXAMPLES / "alpaca_zh_bloom.yaml", *where, "--limit", 24, "--dev-limit", 8)
+    assert "24 examples" in said
+    assert "8 held out, 3 steps" in said
+    prompt = SoftPrompt.load(output)
+    assert prompt.rows.shape == (10, 32)
+    assert prompt.summary["steps"] == 3
+    assert prompt.summary["after"]["loss"] < prompt.summary["before"]["loss"]
+    log = [json.loads(line) for line in (output / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == [0, 1, 2, 3]
+    assert ptune("generate", output, QUESTION).strip()
