@@ -24,23 +24,28 @@ from typing import Any
 import peft
 import torch
 import transformers
+from cells import Cells
 from peft_peer import PeftPeer, accuracy, train_peer
 from quality_tasks import TASKS, QualityTask
 
+from ptune.assembly import Parts
 from ptune.backbone import Backbone
 from ptune.config import ClassificationConfig, RunConfig, TrainingConfig
 from ptune.data import Record
 from ptune.engine import Engine
-from ptune.errors import ConfigError, PtuneError
-from ptune.files import read_json, write_json
+from ptune.errors import PtuneError
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
 from ptune.tasks import task_for
 from ptune.template import Template
 from ptune.training import train
 
-RATES = {"ptune": (2e-3, 5e-3, 1e-2), "peft_same_steps": (3e-4, 1e-3, 3e-3)}
-"""The learning rates from which each method's is chosen."""
+_PEFT_RATES = (1e-3, 3e-3, 1e-2)
+RATES = {"ptune": (2e-3, 5e-3, 1e-2), "peft_same_steps": _PEFT_RATES, "peft_same_time": _PEFT_RATES}
+"""The learning rates from which each row's is chosen."""
+
+TIMED = ("ptune", "peft_same_steps")
+"""The rows whose seconds per step are compared."""
 
 TRAINER_RATE: float = transformers.TrainingArguments.__dataclass_fields__["learning_rate"].default
 
@@ -54,52 +59,6 @@ ROWS = {
 """The table's columns by their names in the stored file."""
 
 
-class Cells:
-    """The stored results: each is computed once and written at once.
-
-    Attributes:
-        computed: how many were computed in this run.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.computed = path, 0
-        self.content: dict[str, Any] = {"tasks": {}}
-        if path.exists():
-            self.content = read_json(path, ConfigError)
-
-    def begin(self, task: str, settings: Mapping[str, Any]) -> None:
-        """Note a task's settings.
-
-        Raises:
-            ConfigError: its stored cells are of other settings.
-        """
-        stored = self.content["tasks"].setdefault(task, {"settings": dict(settings), "cells": {}})["settings"]
-        differing = [name for name in settings if stored.get(name) != json.loads(json.dumps(settings[name]))]
-        if differing and stored is not settings and self.cells(task):
-            name = differing[0]
-            raise ConfigError(
-                f'"{self.path}" holds results of {task} with {name} {stored.get(name)}, and now it is '
-                f"{settings[name]}; name another --output, or remove that file"
-            )
-        self.content["tasks"][task]["settings"] = dict(settings)
-
-    def cells(self, task: str) -> dict[str, dict[str, Any]]:
-        """Return a task's results by name."""
-        return self.content["tasks"].get(task, {}).get("cells", {})
-
-    def get(self, task: str, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a result, computed and stored first if it is missing."""
-        cells = self.cells(task)
-        if name not in cells:
-            begun = time.perf_counter()
-            cells[name] = compute() | {"wall_seconds": round(time.perf_counter() - begun, 2)}
-            self.computed += 1
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.content)
-            print(f"{task} {name}: {json.dumps(cells[name])[:200]}", file=sys.stderr, flush=True)
-        return cells[name]
-
-
 @dataclass(frozen=True)
 class Outcome:
     """A tuned prompt: what dev says of it, what it cost, and how to ask test."""
@@ -111,17 +70,35 @@ class Outcome:
 
 
 class StepTimer(Reporter):
-    """Times ptune's steps, those right after an evaluation left out, for they bear its traces and the checkpoint's."""
+    """Times ptune's steps, and what is run once before them for all of them to read.
+
+    Steps right after an evaluation are left out, for they bear its traces and the checkpoint's.
+    """
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self._seconds: list[float] = []
         self._last: float | None = None
+        self._begun = self._preparation = 0.0
+        self._steps = 1
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean, with a step's share of the preparation."""
+        return statistics.fmean(self._seconds) + self._preparation / self._steps
+
+    def started(self, config: RunConfig, parts: Parts, total_steps: int, step: int) -> None:
+        """Note when the preparation begins."""
+        self._begun, self._steps = time.perf_counter(), total_steps
+
+    def kept_contexts(self, count: int, size: int, *, full: bool) -> None:
+        """Note what the preparation took."""
+        self._preparation = time.perf_counter() - self._begun
 
     def stepped(self, step: int, loss: float, learning_rate: float) -> None:
         """Note the time since the step before."""
         now = time.perf_counter()
         if self._last is not None:
-            self.seconds.append(now - self._last)
+            self._seconds.append(now - self._last)
         self._last = now
 
     def evaluated(self, step: int, metrics: Mapping[str, float], *, best: bool) -> None:
@@ -149,13 +126,14 @@ class TaskBenchmark:
         name = self.task.name
         self.cells.begin(name, self._settings())
         self.cells.get(name, "frozen", self.frozen)
-        rates = {method: self.chosen_rate(method) for method in RATES}
+        rates = {method: self.chosen_rate(method, self.steps) for method in TIMED}
         for seed in range(self.options.seeds):  # side by side, so that both are timed under the same load
             for method, rate in rates.items():
                 self._cell(method, rate, seed, self.steps)
-        same_time = self.steps_of_same_time()
+        same_time = self.cells.get(name, "steps of the same time", self.steps_of_same_time)["steps"]
+        rate = self.chosen_rate("peft_same_time", same_time)
         for seed in range(self.options.seeds):
-            self._cell("peft_same_time", rates["peft_same_steps"], seed, same_time)
+            self._cell("peft_same_time", rate, seed, same_time)
             self._cell("peft_default", TRAINER_RATE, seed, self.steps)
 
     def frozen(self) -> dict[str, Any]:
@@ -169,23 +147,23 @@ class TaskBenchmark:
         test = task.evaluate(self.backbone, self.records["test"], batch_size=32)["accuracy"]
         return {"test": test, "dev": dev, "template": template, "words": words, "asked": len(asked)}
 
-    def chosen_rate(self, method: str) -> float:
+    def chosen_rate(self, method: str, steps: int) -> float:
         """Return the method's learning rate that is best on dev with seed 0."""
 
         def search(rate: float) -> float:
             def compute() -> dict[str, Any]:
-                outcome = self.tuned[method, rate] = self._tune(method, rate, 0, self.steps)
+                outcome = self.tuned[method, rate] = self._tune(method, rate, 0, steps)
                 return {"dev": outcome.dev, "best_step": outcome.best_step}
 
             return self.cells.get(self.task.name, f"{method}/rate {rate:g}", compute)["dev"]
 
         return max(RATES[method], key=search)
 
-    def steps_of_same_time(self) -> int:
+    def steps_of_same_time(self) -> dict[str, Any]:
         """Return how many steps PEFT takes in the time of ptune's, as measured by this benchmark."""
         cells = self.cells.cells(self.task.name)
-        ours, theirs = (_mean_of(cells, method, "seconds_per_step") for method in RATES)
-        return max(1, round(self.steps * ours / theirs))
+        ours, theirs = (_mean_of(cells, method, "seconds_per_step") for method in TIMED)
+        return {"steps": max(1, round(self.steps * ours / theirs))}
 
     def _cell(self, method: str, rate: float, seed: int, steps: int) -> None:
         def compute() -> dict[str, Any]:
@@ -231,7 +209,7 @@ class TaskBenchmark:
             prompt = train(config, backbone=self.backbone, records=records, reporter=timer)
         after = prompt.summary["after"]
         best_step = prompt.summary["best_step"]
-        return Outcome(after["accuracy"], best_step, statistics.fmean(timer.seconds), lambda: self._test(prompt))
+        return Outcome(after["accuracy"], best_step, timer.seconds_per_step, lambda: self._test(prompt))
 
     def _tune_peft(self, settings: TrainingConfig) -> Outcome:
         peer = PeftPeer(self.backbone, virtual_tokens=self.template.num_virtual_tokens, seed=settings.seed)
@@ -253,6 +231,7 @@ class TaskBenchmark:
             "model": self.backbone.identity(),
             "template": self.task.template,
             "words": dict(self.task.verbalizer),
+            "hand_written": [[template, dict(words)] for template, words in self.task.hand_written],
             "max_length": self.task.max_length,
             "batch_size": self.task.batch_size,
             "steps": self.steps,
@@ -278,7 +257,7 @@ def summary(content: Mapping[str, Any]) -> list[dict[str, Any]]:
                 row["deviation"] = statistics.stdev(values)
             if seeds:
                 row |= {"steps": seeds[0]["steps"], "learning_rate": seeds[0]["learning_rate"]}
-                if method in RATES:
+                if method in TIMED:
                     entry["seconds_per_step"][method] = _mean_of(cells, method, "seconds_per_step")
             entry["rows"][method] = row
         entries.append(entry)
@@ -291,7 +270,7 @@ def markdown(entries: list[dict[str, Any]]) -> str:
     lines = [head, ["---"] * len(head)]
     for entry in entries:
         accuracies = [_percent(entry["rows"].get(method)) for method in ROWS]
-        seconds = [entry["seconds_per_step"].get(method) for method in RATES]
+        seconds = [entry["seconds_per_step"].get(method) for method in TIMED]
         lines.append([entry["task"], *accuracies, *("-" if value is None else f"{value:.3f}" for value in seconds)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -100,7 +100,7 @@ _INTENT_TEMPLATES = tuple(
 TASKS = (
     QualityTask(
         name="sst2",
-        template="{text} It was[P*10]{answer}",
+        template="{text}[P*10]{answer}",
         verbalizer=_sentiment(" great", " terrible"),
         hand_written=_REVIEWS,
         max_length=64,
@@ -110,7 +110,7 @@ TASKS = (
     ),
     QualityTask(
         name="imdb",
-        template="{text} It was[P*10]{answer}",
+        template="{text}[P*10]{answer}",
         verbalizer=_sentiment(" great", " terrible"),
         hand_written=_REVIEWS,
         max_length=200,

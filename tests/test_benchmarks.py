@@ -79,7 +79,7 @@ def test_all_five_rows_of_every_task_come_out_and_a_second_call_computes_nothing
         rows = entry["rows"]
         assert rows["ptune"]["steps"] == rows["peft_same_steps"]["steps"] == rows["peft_default"]["steps"] == 4
         assert rows["peft_default"]["learning_rate"] == 5e-5
-    assert "30 cells computed" in err
+    assert "38 cells computed" in err
 
     stored = tmp_path / "results" / "quality.json"
     before = stored.read_bytes()

@@ -1,0 +1,63 @@
+"""Results of a benchmark in one JSON file, each written as soon as it is there, so that a stopped benchmark goes on.
+
+Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ptune.errors import ConfigError
+from ptune.files import read_json, write_json
+
+
+class Cells:
+    """The stored results: each is computed once and written at once.
+
+    Attributes:
+        computed: how many were computed in this run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.computed = path, 0
+        self.content: dict[str, Any] = {"tasks": {}}
+        if path.exists():
+            self.content = read_json(path, ConfigError)
+
+    def begin(self, task: str, settings: Mapping[str, Any]) -> None:
+        """Note a task's settings.
+
+        Raises:
+            ConfigError: its stored cells are of other settings.
+        """
+        settings = json.loads(json.dumps(settings))
+        entry = self.content["tasks"].setdefault(task, {"settings": settings, "cells": {}})
+        stored = entry["settings"] if entry["cells"] else settings
+        for name, value in settings.items():
+            if stored.get(name) != value:
+                raise ConfigError(
+                    f'"{self.path}" holds results of {task} with {name} {stored.get(name)!s:.80}, and now it is '
+                    f"{value!s:.80}; name another --output, or remove that file"
+                )
+        entry["settings"] = settings
+
+    def cells(self, task: str) -> dict[str, dict[str, Any]]:
+        """Return a task's results by name."""
+        return self.content["tasks"].get(task, {}).get("cells", {})
+
+    def get(self, task: str, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a result, computed and stored first if it is missing."""
+        cells = self.cells(task)
+        if name not in cells:
+            begun = time.perf_counter()
+            cells[name] = compute() | {"wall_seconds": round(time.perf_counter() - begun, 2)}
+            self.computed += 1
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.content)
+            print(f"{task} {name}: {json.dumps(cells[name])[:200]}", file=sys.stderr, flush=True)
+        return cells[name]

@@ -1,0 +1,223 @@
+"""Speed of training: ptune's plans against PEFT's P-tuning, the same encoder, the same rows, the same gradients.
+
+    python benchmarks/train_speed.py [--job classify|instruction] [--family qwen|bloom] [--rounds 7] [--json FILE]
+
+A row is one optimizer step: forward and backward of all its rows, without the optimizer itself, which costs both the
+same. PEFT runs as its tutorials have it, float32, in a bare loop without Trainer's own overhead. Weights are random:
+only time is measured. "behind" is a template whose virtual tokens stand behind the text; PEFT can set them in front
+only.
+
+Rates of the machine's own matrix products at the model's shapes are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import PromptEncoderConfig, TaskType, get_peft_model
+from timing import interleaved, ratio
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, Qwen2Config
+
+from ptune.backbone import Backbone
+from ptune.batch import IGNORED, Row, collate
+from ptune.encoder import PromptEncoder
+from ptune.prompted_model import PromptedModel
+
+HIDDEN, LAYERS, HEADS, VOCABULARY = 512, 8, 8, 46145
+ENCODER_HIDDEN = 1024
+
+
+def model_of(family: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a random model of the benchmark's shape."""
+    if family == "bloom":
+        config = BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS)
+    else:
+        config = Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            intermediate_size=4 * HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            tie_word_embeddings=True,
+        )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def rows_of(job: str, generator: torch.Generator) -> list[tuple[list[int], int]]:
+    """Return the rows of one step as ids and how many of the last are supervised.
+
+    ``classify``: 16 texts of 24 to 64 tokens and a label of one. ``instruction``: 8 rows whose lengths are drawn as
+    those of the Chinese Alpaca set in BLOOM's tokens: 16 to 80 tokens of instruction, 16 to 176 of answer.
+    """
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    def words(count: int) -> list[int]:
+        return torch.randint(10, VOCABULARY, (count,), generator=generator).tolist()
+
+    if job == "classify":
+        return [(words(draw(24, 64) + 1), 1) for _ in range(16)]
+    lengths = [(draw(16, 80), draw(16, 176)) for _ in range(8)]
+    return [(words(asked + answered), answered) for asked, answered in lengths]
+
+
+class Peft:
+    """PEFT's P-tuning in a bare loop."""
+
+    def __init__(self, family: str, virtual_tokens: int, at_once: int) -> None:
+        config = PromptEncoderConfig(
+            task_type=TaskType.CAUSAL_LM,
+            num_virtual_tokens=virtual_tokens,
+            encoder_reparameterization_type="MLP",
+            encoder_hidden_size=ENCODER_HIDDEN,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model = get_peft_model(model_of(family, torch.float32), config)
+        self.at_once = at_once
+
+    def step(self, rows: list[tuple[list[int], int]]) -> None:
+        """Run forward and backward of all rows, ``at_once`` in a batch."""
+        for start in range(0, len(rows), self.at_once):
+            batch = collate([row(ids, answered) for ids, answered in rows[start : start + self.at_once]], 0)
+            loss = self.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+            ).loss
+            (loss / len(rows) * self.at_once).backward()
+        self.model.zero_grad()
+
+
+class Ours:
+    """ptune's prompted model with PEFT's encoder."""
+
+    def __init__(self, family: str, virtual_tokens: int, dtype: torch.dtype, plan: str = "auto") -> None:
+        backbone = Backbone(model_of(family, dtype), None, family)
+        backbone.plan = plan  # type: ignore[assignment]
+        self.prompted = PromptedModel(backbone, PromptEncoder.peft("mlp", virtual_tokens, HIDDEN, ENCODER_HIDDEN))
+        first = self.prompted.first_virtual_id
+        self.virtual = list(range(first, first + virtual_tokens))
+
+    def step(self, rows: list[tuple[list[int], int]], *, behind: bool = False) -> None:
+        """Run forward and backward of all rows at once; the virtual tokens stand in front of the text or behind it."""
+        whole = []
+        for ids, answered in rows:
+            before = [] if not behind else ids[:-answered]
+            whole.append(row([*before, *self.virtual, *ids[len(before) :]], answered))
+        batch = collate(whole, 0)
+        loss = self.prompted(batch.input_ids, batch.attention_mask, labels=batch.labels)
+        (loss / sum(answered for _, answered in rows)).backward()
+        self.prompted.encoder.zero_grad()
+
+    def keep(self, rows: list[tuple[list[int], int]]) -> None:
+        """Run the texts once, as the first epoch does."""
+        self.prompted.backbone.plans.prepare([ids[:-answered] for ids, answered in rows], 10**10)
+
+
+def row(ids: list[int], answered: int) -> Row:
+    """Return ids with the last ``answered`` of them supervised."""
+    return Row(tuple(ids), (*[IGNORED] * (len(ids) - answered), *ids[-answered:]))
+
+
+def product_rate(dtype: torch.dtype, tokens: int) -> float:
+    """Return the machine's rate of ``[tokens, H] x [H, 4 H]`` products in GFLOP/s, the best of several."""
+    left, right = torch.randn(tokens, HIDDEN, dtype=dtype), torch.randn(HIDDEN, 4 * HIDDEN, dtype=dtype)
+    best = float("inf")
+    for _ in range(20):
+        begun = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - begun)
+    return 2 * tokens * HIDDEN * 4 * HIDDEN / best / 1e9
+
+
+def cases_of(
+    job: str, family: str, virtual_tokens: int, rows: list[tuple[list[int], int]]
+) -> dict[str, Callable[[], None]]:
+    """Return what is timed, by name; the first is the peer."""
+    theirs = Peft(family, virtual_tokens, at_once=16 if job == "classify" else 1)
+    full, half = (Ours(family, virtual_tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
+    kept, kept_half = (Ours(family, virtual_tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
+    for ours in (kept, kept_half):
+        ours.keep(rows)
+    return {
+        "PEFT, float32": lambda: theirs.step(rows),
+        "in front, float32": lambda: full.step(rows),
+        "in front, bfloat16": lambda: half.step(rows),
+        "behind, first epoch, float32": lambda: full.step(rows, behind=True),
+        "behind, later epochs, float32": lambda: kept.step(rows, behind=True),
+        "behind, later epochs, bfloat16": lambda: kept_half.step(rows, behind=True),
+    }
+
+
+def measure(job: str, family: str, virtual_tokens: int, rounds: int) -> dict[str, object]:
+    """Return one table of the benchmark."""
+    rows = rows_of(job, torch.Generator().manual_seed(1))
+    tokens = sum(len(ids) for ids, _ in rows)
+    cases = cases_of(job, family, virtual_tokens, rows)
+    seconds = interleaved(cases, rounds)
+    peer = next(iter(cases))
+    return {
+        "job": job,
+        "family": family,
+        "virtual_tokens": virtual_tokens,
+        "rows": len(rows),
+        "text_tokens": tokens,
+        "gflops": {str(dtype)[6:]: product_rate(dtype, tokens) for dtype in (torch.float32, torch.bfloat16)},
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "ratio": {name: ratio(seconds, name, peer) for name in cases},
+    }
+
+
+def markdown(tables: list[dict[str, object]]) -> str:
+    """Return the tables as Markdown."""
+    lines = []
+    for table in tables:
+        rates = ", ".join(f"{rate:.0f} GFLOP/s {name}" for name, rate in table["gflops"].items())
+        lines += [
+            "",
+            f"**{table['job']}**, {table['family']}-shaped, {table['virtual_tokens']} virtual tokens, {table['rows']} "
+            f"rows of {table['text_tokens']} text tokens together; matrix products here: {rates}",
+            "",
+            "| virtual tokens | seconds a step | times PEFT | over the rounds |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for name, seconds in table["seconds"].items():
+            median, least, greatest = table["ratio"][name]
+            lines.append(f"| {name} | {seconds:.3f} | {median:.1f} | {least:.1f} to {greatest:.1f} |")
+    return "\n".join(lines[1:])
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--job", choices=["classify", "instruction"], action="append")
+    parser.add_argument("--family", choices=["qwen", "bloom"], action="append")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    tables = []
+    for job in arguments.job or ["classify", "instruction"]:
+        for family in arguments.family or ["qwen", "bloom"]:
+            for virtual_tokens in (10, 100) if job == "classify" else (10,):
+                tables.append(measure(job, family, virtual_tokens, arguments.rounds))
+                print(markdown(tables[-1:]), flush=True)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {versions}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"versions": versions, "tables": tables}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
