@@ -1,13 +1,15 @@
 """The pretraining text of `ptune-mini`: what is read, in which shares, its tokenizer and its rows of tokens.
 
 Only train parts are read, as plain text without any label, so that the frozen model meets the classification sets as
-fairly as it meets any other text. A document is `<s>text</s>`; documents lie end to end in one stream of tokens.
+fairly as it meets any other text. A document is `<s>text</s>`; documents lie end to end in a stream of tokens.
 
-The shares follow the hardest goal, English sentiment: every film review once, the few thousand review sentences three
-times, and only a part of the books, of the encyclopedia and of the classical poems, which teach other words. Short
-texts (review sentences, takeaway reviews, questions, intents) are shuffled and joined line by line into a document:
-alone they would be half `<s>` and `</s>`, and in the order of their files, which some sort by class, a run of one
-class would give the label away.
+There are two streams. The shares of the main one follow the hardest goal, English sentiment: every film review once,
+the few thousand review sentences three times, and only a part of the books, of the encyclopedia and of the classical
+poems, which teach other words. The review stream, for the end of the training, leaves those out.
+
+Short texts (review sentences, takeaway reviews, questions, intents) are shuffled and joined line by line into a
+document: alone they would be half `<s>` and `</s>`, and in the order of their files, which some sort by class, a run of
+one class would give the label away.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 VOCABULARY_SIZE = 8192
@@ -95,14 +97,18 @@ def book_passages(path: Path, *, held_out: bool) -> list[str]:
     return [text for at, text in every if (at % HELD_OUT_EVERY == HELD_OUT_PLACE) == held_out]
 
 
+def review_sentences(data: Path) -> list[str]:
+    """The English sentences about films."""
+    return texts(data, "mr", "train") + texts(data, "sst2", "train")
+
+
 def training_sources(data: Path) -> list[Source]:
-    """The sources under the folder `data`, in the order in which they draw from the random generator."""
-    sentences = texts(data, "mr", "train") + texts(data, "sst2", "train")
+    """The main stream: the sources under `data`, in the order in which they draw from the random generator."""
     with (data / "text_zh" / "poems.txt").open(encoding="utf-8") as lines:
         poems = [text for line in lines if (text := line.strip()[:POEM_LENGTH].strip())]
     return [
         Source(texts(data, "imdb", "train")),
-        Source(sentences, share=3, joined=4),
+        Source(review_sentences(data), share=3, joined=4),
         *(
             Source(book_passages(path, held_out=False), share=0.35 if path.stem.startswith("wikitext") else 0.5)
             for path in sorted((data / "text_en").glob("*.txt"))
@@ -115,6 +121,20 @@ def training_sources(data: Path) -> list[Source]:
         Source(texts(data, "waimai_zh", "train"), joined=4),
         Source(passages(data / "text_zh" / "d2l.txt", lines_each=4, shortest=20)),
         Source(poems, share=0.05),
+    ]
+
+
+def review_sources(data: Path) -> list[Source]:
+    """The stream of the end of the training: what people write in reviews and questions, without the books."""
+    return [
+        Source(texts(data, "imdb", "train")),
+        Source(review_sentences(data), share=5, joined=4),
+        Source(texts(data, "clinc150", "train"), joined=8),
+        Source(texts(data, "trec", "train"), joined=8),
+        Source(texts(data, "alpaca_en", "train"), share=0.5),
+        Source(texts(data, "alpaca_zh", "train"), share=0.5),
+        Source(texts(data, "shopping_zh", "train"), share=0.4),
+        Source(texts(data, "waimai_zh", "train"), joined=4),
     ]
 
 
@@ -143,20 +163,33 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers loads it; it adds no special token by itself."""
+    """The tokenizer as transformers loads it; it puts `<s>` before a text by itself."""
     pad, bos, eos = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos)
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=own, pad_token=pad, bos_token=bos, eos_token=eos)
 
 
-def prepare(data: Path, output: Path, seed: int) -> None:
-    """Write `tokenizer.json` and `train.npy`, one pass of the sources as a stream of uint16 tokens, into `output`."""
+def prepare(data: Path, folder: Path, seed: int) -> None:
+    """Write a new `folder` with `tokenizer.json` and one pass of each stream, `train.npy` and `review.npy`."""
+    folder.mkdir(parents=True)
     rng = random.Random(seed)
-    documents = [document for source in training_sources(data) for document in source.documents(rng)]
-    rng.shuffle(documents)
+    documents = shuffled_documents(training_sources(data), rng)
     tokenizer = train_tokenizer(rng.sample(documents, len(documents) // 3))  # a third gives the same merges sooner
-    tokenizer.save(str(output / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    np.save(folder / "train.npy", stream(documents, tokenizer))
+    np.save(folder / "review.npy", stream(shuffled_documents(review_sources(data), random.Random(seed + 1)), tokenizer))
+
+
+def shuffled_documents(sources: list[Source], rng: random.Random) -> list[str]:
+    """One pass of all sources, shuffled."""
+    return shuffled([document for source in sources for document in source.documents(rng)], rng)
+
+
+def stream(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
+    """The documents end to end, each as `<s>text</s>`: uint16 tokens."""
     encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
-    np.save(output / "train.npy", np.concatenate([np.array([BOS, *each.ids, EOS], np.uint16) for each in encoded]))
+    return np.concatenate([np.array([BOS, *each.ids, EOS], np.uint16) for each in encoded])
 
 
 def training_rows(tokens: np.ndarray, width: int, seed: int) -> Iterator[np.ndarray]:
