@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.config import ClassificationConfig, RunConfig
-from ptune.data import Record, data_hash, has_split, load_records, split_dev
+from ptune.data import Record, data_hash, draw_shots, has_split, load_records, split_dev
 from ptune.encoder import build_encoder
 from ptune.errors import ConfigError, DataError
 from ptune.initial_rows import initial_rows
@@ -130,6 +130,10 @@ def read_records(config: RunConfig, template: Template) -> tuple[list[Record], l
     else:
         # what counts as the same text is what the template shows of it
         train, dev = split_dev(train, data.dev_fraction, data.dev_limit, config.training.seed, fields=template.fields)
+    if data.shots is not None and isinstance(config.task, ClassificationConfig):
+        label, seed = config.task.label_field, config.training.seed
+        train = draw_shots(train, label, data.shots, seed, exact=True)
+        dev = draw_shots(dev, label, data.shots, seed)
     return train, dev[: data.dev_limit]
 
 

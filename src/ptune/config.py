@@ -52,6 +52,9 @@ class DataConfig(Settings):
     dev_fraction: float = Field(0.1, gt=0, lt=1, description="Share of train that is held out where dev is absent.")
     dev_limit: int | None = Field(1000, gt=0, description="At most so many records are used for dev.")
     limit: int | None = Field(None, gt=0, description="Use only the first so many training records.")
+    shots: int | None = Field(
+        None, gt=0, description="Few-shot: only so many training records a label, drawn by the seed; of dev no more."
+    )
     fields: dict[str, str] = Field(default_factory=dict, description="Template field -> column of the file.")
 
 
@@ -254,6 +257,14 @@ class RunConfig(Settings):
     output: Path = Field(
         Path("prompts/prompt"), description="Folder of the soft prompt; the run's own files stand in its folder run."
     )
+
+    @model_validator(mode="after")
+    def _shots_of_labels(self) -> RunConfig:
+        if self.data.shots is not None and not isinstance(self.task, ClassificationConfig):
+            raise ValueError(
+                f"data.shots draws records of each label, and the task is {self.task.type}; use data.limit instead"
+            )
+        return self
 
     @field_validator("model", mode="before")
     @classmethod

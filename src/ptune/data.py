@@ -12,10 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ptune.config import label_text
 from ptune.errors import DataError, did_you_mean
 from ptune.readers import Record, has_split, read_records
 
-__all__ = ["Record", "data_hash", "has_split", "load_records", "split_dev"]
+__all__ = ["Record", "data_hash", "draw_shots", "has_split", "load_records", "split_dev"]
 
 _USERS = ("human", "user")
 _ASSISTANTS = ("gpt", "assistant")
@@ -79,8 +80,7 @@ def split_dev(
         )
     wanted = min(max(1, round(fraction * len(records))), len(records) - 1, limit or len(records))
     dev: set[int] = set()
-    # Ordered by a hash rather than shuffled: a record's rank then depends on nothing but its text and the seed.
-    ranked = sorted(groups, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())
+    ranked = sorted(groups, key=lambda text: _rank(text, seed))
     for text in ranked:
         if len(dev) + len(groups[text]) <= wanted:
             dev.update(groups[text])
@@ -95,12 +95,49 @@ def split_dev(
     return train, [records[index] for index in sorted(dev)]
 
 
+def draw_shots(
+    records: Sequence[Record], label_field: str, count: int, seed: int = 0, *, exact: bool = False
+) -> list[Record]:
+    """Return ``count`` records of each label, in their old order: the data of a few-shot run.
+
+    The same seed draws the same ones, whatever the order of the records. A record without a label stays, for the task
+    to name it.
+
+    Args:
+        records: of any labels.
+        label_field: which field holds them.
+        count: of each; where a label has fewer, all that it has.
+        seed: of the drawing.
+        exact: refuse a label that has fewer.
+
+    Raises:
+        DataError: ``exact``, and a label has fewer records.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(label_text(record.get(label_field)), []).append(index)
+    chosen: set[int] = set()
+    for label, indices in groups.items():
+        if exact and len(indices) < count:
+            raise DataError(
+                f'data.shots asks for {count} records of each label, and "{label}" has {len(indices)}; lower it, or '
+                "add records"
+            )
+        chosen.update(sorted(indices, key=lambda index: _rank(_canonical(records[index]), seed))[:count])
+    return [records[index] for index in sorted(chosen)]
+
+
 def data_hash(records: Iterable[Mapping[str, Any]]) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of all records as canonical JSON, in their order."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(_canonical(record).encode("ascii") + b"\n")
     return digest.hexdigest()[:16]
+
+
+def _rank(text: str, seed: int) -> bytes:
+    """Return what to sort by for an order that looks drawn, and depends on nothing but text and seed."""
+    return hashlib.sha256(f"{seed} {text}".encode()).digest()
 
 
 def _canonical(value: Any) -> str:

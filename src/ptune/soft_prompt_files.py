@@ -97,7 +97,7 @@ def begin_save(folder: Path, rows: Tensor) -> str:
         OutputError: the folder cannot be written.
     """
     with contextlib.suppress(SoftPromptError):  # there is nothing yet that would load
-        if tensors_hash(folder / TENSORS) == _read_description(folder).virtual_tokens.sha256:
+        if tensors_hash(folder / TENSORS) == read_description(folder).virtual_tokens.sha256:
             write_atomically(folder / _PREVIOUS, lambda temporary: _copy(folder / TENSORS, temporary))
     write_tensors(folder / TENSORS, {_KEY: rows}, {"format": "pt"})
     return tensors_hash(folder / TENSORS)
@@ -126,7 +126,7 @@ def read_soft_prompt(folder: Path) -> tuple[Tensor, Description]:
         SoftPromptError: no such folder, no soft prompt in it, written by a newer ptune, or altered or cut short.
     """
     for _ in range(_ATTEMPTS):
-        description = _read_description(folder)
+        description = read_description(folder)
         tensors = _tensors_of(folder, description)
         if tensors is not None:
             return _rows_of(folder, tensors, description.virtual_tokens), description
@@ -180,7 +180,12 @@ def _check_folder(folder: Path) -> None:
     raise SoftPromptError(f'"{folder}" is no soft prompt: it has no {DESCRIPTION}; {mend}')
 
 
-def _read_description(folder: Path) -> Description:
+def read_description(folder: Path) -> Description:
+    """Return what ``ptune.json`` says, its tensors unread.
+
+    Raises:
+        SoftPromptError: no such folder, no soft prompt in it, written by a newer ptune, or altered.
+    """
     _check_folder(folder)
     path = folder / DESCRIPTION
     values = read_json(path, SoftPromptError)

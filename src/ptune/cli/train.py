@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ptune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ptune.config import RunConfig
+    from ptune.soft_prompt import SoftPrompt
 
 
 def train(
@@ -17,6 +23,9 @@ def train(
     from_prompt: Annotated[
         str | None, typer.Option("--from", help="Start from the virtual tokens of another soft prompt.")
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train under so many seeds, each in a folder seed-N of its own.")
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that stopped in the output folder.")
     ] = False,
@@ -24,7 +33,7 @@ def train(
         bool, typer.Option("--overwrite", help="Begin anew in a folder that holds another run.")
     ] = False,
 ) -> None:
-    """Train a soft prompt.
+    """Train a soft prompt, or several in turn on one loaded model: `ptune train A.yaml B.yaml`.
 
     Any setting of the file can be given by its name, as in `--training.learning_rate 0.003` or, where the last part is
     unique, `--learning-rate 0.003`.
@@ -32,6 +41,9 @@ def train(
     from ptune.cli.quiet import quiet
     from ptune.config_file import load_config, parse_overrides
 
+    files = [config]
+    while context.args and not context.args[0].startswith("--"):
+        files.append(Path(context.args.pop(0)))
     overrides = parse_overrides(context.args)
     if model is not None:
         overrides["model.name"] = model
@@ -41,16 +53,62 @@ def train(
         overrides["output"] = str(output)
     if from_prompt is not None:
         overrides["prompt.start"] = {"method": "prompt", "prompt": from_prompt}
-    settings = load_config(config, overrides)
+    settings = [load_config(file, overrides) for file in files]
 
     quiet()
-    from ptune.cli.progress import ProgressReporter
     from ptune.training import Stopped
-    from ptune.training import train as run
 
     try:
-        with ProgressReporter() as reporter:
-            run(settings, reporter=reporter, resume=resume, overwrite=overwrite)
+        if seeds > 1:
+            if len(settings) > 1:
+                raise ConfigError("--seeds goes with one file of settings; give each file a command of its own")
+            _train_seeds(settings[0], seeds, resume=resume, overwrite=overwrite)
+        elif len(settings) > 1:
+            _train_in_turn(settings, resume=resume, overwrite=overwrite)
+        else:
+            _train(settings[0], resume=resume, overwrite=overwrite)
     except Stopped as stopped:  # typer would end without a word
         typer.echo(f"ptune: {stopped}", err=True)
         raise typer.Exit(130) from None
+
+
+def _train(config: RunConfig, **options: Any) -> SoftPrompt:
+    from ptune.cli.progress import ProgressReporter
+    from ptune.training import train as run
+
+    with ProgressReporter() as reporter:
+        return run(config, reporter=reporter, **options)
+
+
+def _train_in_turn(configs: list[RunConfig], *, resume: bool, overwrite: bool) -> list[SoftPrompt]:
+    from rich.console import Console
+
+    from ptune.series import check_series, may_resume, with_backbones
+
+    check_series(configs, resume=resume, overwrite=overwrite)
+    prompts = []
+    for number, (config, backbone) in enumerate(with_backbones(configs), 1):
+        Console().rule(f"{number} of {len(configs)}: {config.output}", align="left")
+        going_on = may_resume(config, resume)
+        prompts.append(_train(config, backbone=backbone, resume=going_on, overwrite=overwrite))
+    return prompts
+
+
+def _train_seeds(config: RunConfig, count: int, *, resume: bool, overwrite: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ptune.cli.progress import format_value
+    from ptune.series import spread, under_seeds
+
+    configs = under_seeds(config, count)
+    prompts = _train_in_turn(configs, resume=resume, overwrite=overwrite)
+    metric = prompts[0].summary["metric"]
+    table = Table("seed", "before", "after", "best step", "soft prompt", title=f"{metric} on dev over {count} seeds")
+    for one, prompt in zip(configs, prompts, strict=True):
+        before, after = (format_value(metric, prompt.summary[when][metric]) for when in ("before", "after"))
+        table.add_row(str(one.training.seed), before, after, str(prompt.summary["best_step"]), str(one.output))
+    mean, deviation = (format_value(metric, value) for value in spread(prompts, metric))
+    table.add_section()
+    table.add_row("mean", "", f"{mean} ± {deviation}", "", "")
+    Console().print(table)

@@ -1,0 +1,73 @@
+"""The prompt library: the soft prompts in a folder, told apart by what their descriptions say.
+
+Reads descriptions alone, so a library of hundreds is shown at once; loads neither tensors nor models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptune.errors import SoftPromptError
+from ptune.soft_prompt_files import DESCRIPTION, read_description, size_in_bytes
+
+
+@dataclass(frozen=True)
+class LibraryEntry:
+    """A soft prompt of a library.
+
+    Attributes:
+        name: its folder, as a path from the library's.
+        task: classification, generation, ...
+        backbone: what the user called it.
+        virtual_tokens: P.
+        metric: the task's own, with its value on dev; None where it was not trained here.
+        value: of the metric.
+        bytes: on disk, the files of its run aside.
+        date: of the end of its run, ISO 8601 in UTC; None where it was not trained here.
+        mistake: why it cannot be read; None where it can.
+    """
+
+    name: str
+    task: str = ""
+    backbone: str = ""
+    virtual_tokens: int = 0
+    metric: str | None = None
+    value: float | None = None
+    bytes: int = 0
+    date: str | None = None
+    mistake: str | None = None
+
+
+def read_library(folder: str | Path) -> list[LibraryEntry]:
+    """Return the soft prompts in a folder and in the folders within it, by name. One that is damaged says so.
+
+    Raises:
+        SoftPromptError: there is no such folder, or no soft prompt in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SoftPromptError(f'there is no folder "{folder}"; name one that holds soft prompts, as prompts')
+    found = sorted(path.parent for path in folder.rglob(DESCRIPTION))
+    if not found:
+        raise SoftPromptError(f'"{folder}" holds no soft prompt; `ptune train` writes one')
+    return [_entry(path, str(path.relative_to(folder)) if path != folder else path.resolve().name) for path in found]
+
+
+def _entry(folder: Path, name: str) -> LibraryEntry:
+    try:
+        description = read_description(folder)
+    except SoftPromptError as error:
+        return LibraryEntry(name, mistake=str(error))
+    summary = description.summary
+    metric = summary.get("metric")
+    return LibraryEntry(
+        name,
+        task=description.task.type,
+        backbone=description.backbone.name,
+        virtual_tokens=description.virtual_tokens.count,
+        metric=metric,
+        value=(summary.get("after") or {}).get(metric),
+        bytes=size_in_bytes(folder),
+        date=summary.get("date"),
+    )
