@@ -1,7 +1,7 @@
 """The training loop, on accelerate: a short loop that can be read, stopped at any moment, and gone on with.
 
 What is trained is tiny, so the whole state is one file (`checkpoint`), and a resumed run ends bit for bit as the
-unbroken one does on one process: the order of examples follows from seed and epoch alone, the encoder's
+unbroken one does on one process and the same number of threads: the order of examples follows from seed and epoch alone, the encoder's
 dropout from the saved random state. The loss of an optimizer step is weighted by what is supervised in it, so 1 x 8
 equals 8 x 1.
 
