@@ -1,9 +1,9 @@
 """The training loop, on accelerate: a short loop that can be read, stopped at any moment, and gone on with.
 
 What is trained is tiny, so the whole state is one file (`checkpoint`), and a resumed run ends bit for bit as the
-unbroken one does on one process and the same number of threads: the order of examples follows from seed and epoch alone, the encoder's
-dropout from the saved random state. The loss of an optimizer step is weighted by what is supervised in it, so 1 x 8
-equals 8 x 1.
+unbroken one does, on one process and with as many threads: the order of examples follows from seed and epoch alone,
+the encoder's dropout from the saved random state. The loss of an optimizer step is weighted by what is supervised in
+it, so 1 x 8 equals 8 x 1.
 
 Knows nothing of the command line or HTTP; what is shown while it runs is a `Reporter`'s business.
 """
