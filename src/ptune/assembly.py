@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ptune.backbone import Backbone
+from ptune.chat_template import in_chat
 from ptune.config import ClassificationConfig, RunConfig
 from ptune.data import Record, data_hash, draw_shots, has_split, load_records, split_dev
 from ptune.encoder import build_encoder
@@ -58,7 +59,7 @@ def assemble(
     Raises:
         ConfigError, TemplateError, DataError: the settings, the template or a record cannot be used.
     """
-    template = parse_template(config)
+    template = template_for(config, backbone)
     train, dev = records or read_records(config, template)
     encoder = build_encoder(config.prompt.encoder, start_rows(config, backbone, template), config.training.seed)
     prompted = PromptedModel(backbone, encoder)
@@ -96,6 +97,16 @@ def parse_template(config: RunConfig) -> Template:
             '"prompt.template" has no virtual tokens, so there is nothing to train; put [P*10] where they should stand'
         )
     return template
+
+
+def template_for(config: RunConfig, backbone: Backbone) -> Template:
+    """Return the run's template as the backbone reads it: in its chat template where the settings ask for that.
+
+    Raises:
+        TemplateError, ConfigError: as `parse_template` and `in_chat`.
+    """
+    template = parse_template(config)
+    return in_chat(template, backbone.tokenizer, config.prompt.system) if config.prompt.chat else template
 
 
 def build_task(config: RunConfig, template: Template, backbone: Backbone, first_virtual_id: int = -1) -> Task:

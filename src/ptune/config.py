@@ -107,6 +107,10 @@ class PromptConfig(Settings):
     """Where virtual tokens stand, and what produces them."""
 
     template: str = Field(description="As in `[P*10]Human: {instruction}[?\\n{input}]\\n\\nAssistant: {answer}`.")
+    chat: bool = Field(
+        False, description="Set the words as a user's message into the tokenizer's chat template, before the answer."
+    )
+    system: str | None = Field(None, description="With chat: words of the system message; may hold fields.")
     encoder: EncoderConfig = EncoderConfig()
     start: StartConfig = StartConfig()
     max_length: int | None = Field(None, gt=0, description="Text tokens of one example; virtual tokens come on top.")
@@ -114,6 +118,12 @@ class PromptConfig(Settings):
         None,
         description="For an answer that is itself too long. Default: cut for generation, error for classification.",
     )
+
+    @model_validator(mode="after")
+    def _system_in_a_chat(self) -> PromptConfig:
+        if self.system is not None and not self.chat:
+            raise ValueError("`system` is a message of a chat, and chat is off; set chat: true, or leave it out")
+        return self
 
 
 class ClassificationConfig(Settings):

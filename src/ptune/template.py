@@ -136,7 +136,7 @@ class Template:
 
     def without_virtual_tokens(self) -> Template:
         """Return the same words without virtual tokens: how the bare model would be asked."""
-        return Template.parse("".join(_written(p) for p in self.pieces if not isinstance(p, Virtual)))
+        return Template.parse("".join(written(p) for p in self.pieces if not isinstance(p, Virtual)))
 
     @staticmethod
     def _all_fields(pieces: Sequence[Piece]) -> list[Field]:
@@ -154,13 +154,14 @@ def escape(text: str) -> str:
     return re.sub(r"[\[\]{}\\]", lambda match: match[0] * 2, text)
 
 
-def _written(piece: Piece) -> str:
+def written(piece: Piece) -> str:
+    """Return a piece as a template has it: parsed again it is the same."""
     if isinstance(piece, Text):
         return escape(piece.text)
     if isinstance(piece, Field):
         return f"{{{piece.name}}}"
     if isinstance(piece, Optional):
-        return f"[?{''.join(map(_written, piece.pieces))}]"
+        return f"[?{''.join(map(written, piece.pieces))}]"
     if isinstance(piece, Virtual):
         return f"[P*{piece.count}]"
     return "[bos]" if isinstance(piece, Bos) else f"{{{ANSWER}}}"

@@ -260,7 +260,7 @@ class _Run:
         rows = self.best_rows
         prompt = SoftPrompt(
             rows=rows,
-            template=self.config.prompt.template,
+            template=self.task.renderer.template.source,
             task=self.config.task,
             max_length=self.config.prompt.max_length,
             overlong=self.task.renderer.overlong,

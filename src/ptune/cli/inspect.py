@@ -52,11 +52,12 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     from rich.console import Console
     from rich.text import Text
 
-    from ptune.assembly import build_task, parse_template, read_records
+    from ptune.assembly import build_task, read_records, template_for
     from ptune.backbone import Backbone
 
-    template = parse_template(settings)
-    task = build_task(settings, template, Backbone.load(settings.model))
+    backbone = Backbone.load(settings.model)
+    template = template_for(settings, backbone)
+    task = build_task(settings, template, backbone)
     console = Console(highlight=False, soft_wrap=True)
     train, _ = read_records(settings, template)
     end = settings.task.type == "generation"  # other tasks score their answers without the token that ends a text
