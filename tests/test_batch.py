@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptune.batch import IGNORED, Batch, collate, length_grouped_batches
+from ptune.batch import IGNORED, Batch, collate, length_grouped_batches, within_budget
 
 
 @dataclass(frozen=True)
@@ -129,3 +129,11 @@ def test_batches_do_not_come_in_the_order_of_their_lengths() -> None:
     longest = [max(batch) for batch in batches]
     assert longest != sorted(longest)
     assert longest != sorted(longest, reverse=True)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
+def test_parts_hold_each_row_once_and_no_more_tokens_than_allowed(lengths: list[int], most: int) -> None:
+    parts = within_budget(range(len(lengths)), lengths, most)
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[index] for index in part) <= most

@@ -263,6 +263,23 @@ def test_every_example_is_seen_once_an_epoch_and_rates_warm_up_and_fall() -> Non
     assert rates[-1] > 0
 
 
+def test_a_budget_of_tokens_runs_batches_in_parts_to_the_same_prompt(folder: Path, tmp_path: Path) -> None:
+    backbone = Backbone.load(str(folder / "model"))
+    call, sizes = backbone.logits, [0]
+
+    def watched(input_ids: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        sizes.append(input_ids.numel() if torch.is_grad_enabled() else 0)
+        return call(input_ids, *arguments, **named)
+
+    backbone.logits = watched  # type: ignore[method-assign]
+    whole = train(settings(folder, tmp_path / "whole"), backbone=backbone).rows
+    most = max(sizes)
+    sizes.clear()
+    parts = train(settings(folder, tmp_path / "parts", max_tokens_per_batch=most // 2), backbone=backbone).rows
+    assert 0 < max(sizes) <= most // 2
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
 def test_gradient_checkpointing_gives_the_same_prompt(folder: Path, tmp_path: Path) -> None:
     plain = train(settings(folder, tmp_path / "plain")).rows
     recomputed = train(settings(folder, tmp_path / "recomputed", gradient_checkpointing=True)).rows

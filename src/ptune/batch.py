@@ -101,3 +101,21 @@ def length_grouped_batches(lengths: Sequence[int], batch_size: int, generator: t
         pool = sorted(order[start : min(start + _POOL * batch_size, whole)], key=lambda index: lengths[index])
         batches += [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
     return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def within_budget(batch: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Return a batch cut into parts of at most ``max_tokens`` tokens each, padding included, shorter rows first.
+
+    A row that alone is longer is a part of its own.
+
+    Args:
+        batch: indices into ``lengths``.
+        lengths: tokens of each row.
+        max_tokens: of one part.
+    """
+    parts: list[list[int]] = []
+    for index in sorted(batch, key=lambda index: lengths[index]):
+        if not parts or (len(parts[-1]) + 1) * lengths[index] > max_tokens:
+            parts.append([])
+        parts[-1].append(index)
+    return parts

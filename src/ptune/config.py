@@ -214,6 +214,9 @@ class TrainingConfig(Settings):
     gradient_accumulation_steps: int = Field(
         1, gt=0, description="Forwards of one optimizer step; their tokens weigh alike, so 1 x 8 equals 8 x 1."
     )
+    max_tokens_per_batch: int | None = Field(
+        None, gt=0, description="A forward of more tokens, padding included, is run in parts: less memory, same step."
+    )
     learning_rate: float = Field(5e-3, gt=0, description="Highest rate, after the warm-up.")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the rate falls to zero.")
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the rate rises.")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ptune.assembly import Parts, assemble
 from ptune.backbone import Backbone
-from ptune.batch import length_grouped_batches
+from ptune.batch import length_grouped_batches, within_budget
 from ptune.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
 from ptune.config import RunConfig, TrainingConfig
 from ptune.data import Record
@@ -101,8 +101,10 @@ class _Run:
         )
         self.prompted.backbone.plan = self.settings.plan
         self.model, self.optimizer = accelerator.prepare(self.prompted, optimizer)
+        lengths = [max(len(row.ids) for row in example.rows) for example in parts.train]
+        self.tokens = [length * len(example.rows) for length, example in zip(lengths, parts.train, strict=True)]
         self.schedule = StepPlan(
-            [max(len(row.ids) for row in example.rows) for example in parts.train],
+            lengths,
             self.settings,
             accelerator.num_processes,
         )
@@ -175,6 +177,9 @@ class _Run:
         weight = sum(self.parts.train[i].weight for batch in window for i in batch)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = window[rank::processes] or [window[0]]  # a process left without a batch goes along with weight 0
+        if self.settings.max_tokens_per_batch is not None:
+            limit = self.settings.max_tokens_per_batch
+            mine = [part for batch in mine for part in within_budget(batch, self.tokens, limit)]
         share = 0.0 if rank >= len(window) else processes / weight
         total = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(mine, 1):
