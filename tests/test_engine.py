@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune import Engine, SoftPrompt
 from ptune.backbone import Backbone
-from ptune.config import ClassificationConfig, GenerationConfig
+from ptune.config import ChoiceConfig, ClassificationConfig, GenerationConfig
 from ptune.errors import SoftPromptError
 from ptune.generation import GenerationOptions
 
@@ -59,6 +61,53 @@ def test_prompts_side_by_side_answer_as_each_alone(backbone: Backbone) -> None:
         assert engine.classify("first", TEXTS) == alone[0]
         assert engine.classify("second", TEXTS) == alone[1]
         assert alone[0] != alone[1]
+
+
+def test_a_batch_mixes_prompts_of_all_kinds_and_answers_each_as_if_alone(backbone: Backbone) -> None:
+    several_rows = replace(
+        sentiment(backbone, 2, 5),
+        template="[P*2]{text}[P*3] It was{answer}",
+        task=ClassificationConfig(verbalizer={"a": " good film", "b": " good food", "c": " bad"}, calibration="prior"),
+    )
+    chooser = replace(
+        sentiment(backbone, 3, 6),
+        template="[P*6]{text}{answer}",
+        task=ChoiceConfig(choices=("one", "two"), normalise=True),
+    )
+    prompts = {
+        "first": sentiment(backbone),
+        "several": several_rows,
+        "chooser": chooser,
+        "chat": chat(backbone),
+        "brief": replace(chat(backbone, 8), task=GenerationConfig(max_new_tokens=3)),
+    }
+    records = [
+        {"text": text, "one": "a cat", "two": "a very old dog", "instruction": text}
+        for text in (*TEXTS, "the door", "room and board")
+    ]
+    names = [name for name in prompts for _ in records]
+    with Engine(backbone) as engine:
+        for name, prompt in prompts.items():
+            engine.add(name, prompt)
+        alone = [engine.predict(name, [record])[0] for name in prompts for record in records]
+        shuffled = random.Random(0).sample(range(len(names)), len(names))
+        everything = [record for _ in prompts for record in records]
+        together = engine.predict([names[n] for n in shuffled], [everything[n] for n in shuffled], batch_size=7)
+    for number, answer in zip(shuffled, together, strict=True):
+        expected = alone[number]
+        if "text" in expected:
+            assert answer == expected
+        else:
+            assert answer["label"] == expected["label"]
+            assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+
+
+def test_a_name_for_each_record(backbone: Backbone) -> None:
+    with Engine(backbone) as engine:
+        engine.add("one", sentiment(backbone))
+        assert engine.predict([], []) == []
+        with pytest.raises(SoftPromptError, match="there are 1 names for 2 records; give one for each"):
+            engine.predict(["one"], [{"text": "a"}, {"text": "b"}])
 
 
 def test_a_replaced_prompt_answers_anew_at_ids_of_its_own(backbone: Backbone) -> None:

@@ -16,6 +16,7 @@ from ptune.backbone import Backbone
 from ptune.config import ModelConfig
 from ptune.errors import SoftPromptError, did_you_mean
 from ptune.generation import Generated, GenerationOptions, generate
+from ptune.mixed_batches import answer_together
 from ptune.soft_prompt import SoftPrompt
 from ptune.tasks import Task, task_for
 from ptune.template import Template
@@ -103,14 +104,26 @@ class Engine:
         if loaded is not None:
             self._tokens.release(loaded.first_virtual_id)
 
-    def predict(self, name: str, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> list[dict[str, Any]]:
+    def predict(
+        self, name: str | Sequence[str], records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
+    ) -> list[dict[str, Any]]:
         """Return the task's answer to each record, in order: label and probabilities, or text.
 
+        Args:
+            name: of a soft prompt for all records, or one for each of them: their rows then share batches.
+            records: the fields that the templates name.
+            batch_size: rows read at once.
+
         Raises:
-            SoftPromptError: no soft prompt of that name is loaded.
-            DataError: a record lacks a field of the template.
+            SoftPromptError: no soft prompt of a name is loaded, or there are more or fewer names than records.
+            DataError: a record lacks a field of its template.
         """
-        return self._get(name).task.predict(self.backbone, records, batch_size=batch_size)
+        if isinstance(name, str):
+            return self._get(name).task.predict(self.backbone, records, batch_size=batch_size)
+        if len(name) != len(records):
+            raise SoftPromptError(f"there are {len(name)} names for {len(records)} records; give one for each")
+        questions = [(self._get(one).task, record) for one, record in zip(name, records, strict=True)]
+        return answer_together(self.backbone, questions, batch_size=batch_size)
 
     def evaluate(self, name: str, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> dict[str, float]:
         """Return the task's metrics over records with their answers.

@@ -3,7 +3,7 @@
 Each choice is set where the answer stands and scored by the log-probability of its tokens, summed, or a token's mean
 where ``normalise`` says so, for longer texts are less likely whatever they say.
 
-Shapes: E examples, C choices, N tokens of all choices of all examples, V rows of the backbone's input matrix.
+Shapes: E examples, C choices, S tokens of all choices of all examples, V rows of the backbone's input matrix.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.batch import IGNORED, Row, collate
+from ptune.batch import IGNORED, Row
 from ptune.config import ChoiceConfig, label_text
 from ptune.errors import DataError, did_you_mean
 from ptune.families import MASKED
 from ptune.filling import field_text, location
-from ptune.losses import at_least_float32, next_token_labels
+from ptune.losses import at_least_float32
 from ptune.rendering import Renderer
 from ptune.tasks.scoring import ScoringTask
-from ptune.tasks.task import Forward
 
 
 class Choice(ScoringTask):
@@ -73,21 +72,18 @@ class Choice(ScoringTask):
         if self.renderer.kind is MASKED:
             return tuple(_masked(self.renderer.masked_row(record, len(ids), reserve=longest), ids) for ids in answers)
         context = self.renderer.context(record, reserve=longest)
-        return tuple(Row((*context, *ids), (*[IGNORED] * len(context), *ids)) for ids in answers)
+        return tuple(_behind(context, ids) for ids in answers)
 
-    def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
-        """Return the choices' scores ``[E, C]``."""
-        batch = collate([row for example in examples for row in example], pad_id)
-        masked = self.renderer.kind is MASKED
-        wanted = batch.labels if masked else next_token_labels(batch.labels)
-        positions = wanted != IGNORED
-        logits = forward(batch.input_ids, batch.attention_mask, positions=positions)  # [N, V]
+    def scores_of(self, logits: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
+        """Return the choices' scores ``[E, C]`` from logits ``[S, V]``."""
+        rows = [row for example in examples for row in example]
+        tokens = torch.tensor([label for row in rows for label in row.labels if label != IGNORED])  # [S]
+        row_of = torch.tensor([number for number, row in enumerate(rows) for _ in row.read_at])  # [S]
         log_probabilities = torch.log_softmax(at_least_float32(logits), -1)
-        chosen = log_probabilities.gather(-1, wanted[positions].to(logits.device)[:, None]).squeeze(-1)  # [N]
-        row_of = positions.nonzero()[:, 0].to(logits.device)
-        scores = chosen.new_zeros(len(batch.input_ids)).index_add(0, row_of, chosen)
+        chosen = log_probabilities.gather(-1, tokens.to(logits.device)[:, None]).squeeze(-1)  # [S]
+        scores = chosen.new_zeros(len(rows)).index_add(0, row_of.to(logits.device), chosen)
         if self.config.normalise:
-            scores = scores / positions.sum(-1).to(scores)
+            scores = scores / torch.tensor([len(row.read_at) for row in rows]).to(scores)
         return scores.view(len(examples), -1)
 
     def _text(self, record: Mapping[str, Any], name: str) -> str:
@@ -102,7 +98,14 @@ class Choice(ScoringTask):
         return self.config.before + text
 
 
+def _behind(context: Sequence[int], tokens: Sequence[int]) -> Row:
+    """Return a row whose last tokens are supervised, each read at the place before it."""
+    ids = (*context, *tokens)
+    return Row(ids, (*[IGNORED] * len(context), *tokens), read_at=range(len(context) - 1, len(ids) - 1))
+
+
 def _masked(row: Row, tokens: Sequence[int]) -> Row:
+    """Return a row whose masks are supervised."""
     labels = list(row.labels)
     labels[row.read_at.start : row.read_at.stop] = tokens
-    return Row(row.ids, tuple(labels))
+    return Row(row.ids, tuple(labels), read_at=row.read_at)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ptune.backbone import Backbone
-from ptune.batch import Row, collate
+from ptune.batch import Row
 from ptune.config import ClassificationConfig, label_text
 from ptune.errors import ConfigError, DataError, did_you_mean
 from ptune.families import MASKED
@@ -24,7 +24,6 @@ from ptune.losses import at_least_float32
 from ptune.rendering import Renderer
 from ptune.tasks.label_reading import masked_reading, trie_reading
 from ptune.tasks.scoring import ScoringTask
-from ptune.tasks.task import Forward
 
 
 class Classification(ScoringTask):
@@ -94,14 +93,8 @@ class Classification(ScoringTask):
         empty = dict.fromkeys(self.renderer.template.fields, "")
         return scores - self.scores(backbone, [self.rows(empty)], backbone.tokenizer.pad_token_id).float().cpu()
 
-    def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
-        """Return the labels' scores ``[E, C]``."""
-        rows = [row for example in examples for row in example]  # those of an example together
-        batch = collate(rows, pad_id)
-        positions = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-        for number, row in enumerate(rows):
-            positions[number, row.read_at] = True
-        logits = forward(batch.input_ids, batch.attention_mask, positions=positions)  # [E * S, V]
+    def scores_of(self, logits: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
+        """Return the labels' scores ``[E, C]`` from logits ``[E * S, V]``."""
         log_probabilities = torch.log_softmax(at_least_float32(logits), -1)
         log_probabilities = log_probabilities.view(len(examples), -1, logits.shape[-1])  # [E, S, V]
         reading = self._reading

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptune.backbone import Backbone
-from ptune.batch import Row
+from ptune.batch import Row, collate
 from ptune.tasks.metrics import expected_calibration_error, macro_f1, micro_f1
 from ptune.tasks.task import Example, Forward, Task
 
@@ -53,8 +53,17 @@ class ScoringTask(Task):
         """
 
     @abstractmethod
+    def scores_of(self, logits: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
+        """Return the scores ``[E, C]``, log-probabilities but for a constant in each row.
+
+        Args:
+            logits: ``[S, V]``, those of all places that the rows read, in the order of the rows.
+            examples: the rows of each.
+        """
+
     def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
-        """Return the scores ``[E, C]``, log-probabilities but for a constant in each row."""
+        """Return the scores ``[E, C]`` of examples by one forward pass."""
+        return self.scores_of(logits_read(forward, [row for rows in examples for row in rows], pad_id), examples)
 
     def corrected(self, scores: Tensor, backbone: Backbone) -> Tensor:
         """Return scores ``[E, C]`` as they count for predictions; themselves unless a task says otherwise."""
@@ -75,18 +84,18 @@ class ScoringTask(Task):
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
     ) -> list[dict[str, Any]]:
         """Return for each record its ``label``, its ``probability`` and the ``probabilities`` of all answers."""
-        probabilities = self.all_scores(backbone, records, batch_size).softmax(-1)
-        answers = []
-        for record, row in zip(records, probabilities.tolist(), strict=True):
-            best, names = max(range(len(row)), key=row.__getitem__), self.names(record)
-            answers.append(
-                {
-                    "label": names[best],
-                    "probability": row[best],
-                    "probabilities": dict(zip(names, row, strict=True)),
-                }
-            )
-        return answers
+        scores = self.all_scores(backbone, records, batch_size)
+        return [self.answer_from(record, row) for record, row in zip(records, scores, strict=True)]
+
+    def answer_from(self, record: Mapping[str, Any], scores: Tensor) -> dict[str, Any]:
+        """Return what `predict` says of a record with these scores, ``[C]``, corrected already."""
+        probabilities, names = scores.softmax(-1).tolist(), self.names(record)
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        return {
+            "label": names[best],
+            "probability": probabilities[best],
+            "probabilities": dict(zip(names, probabilities, strict=True)),
+        }
 
     def evaluate(
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
@@ -126,3 +135,12 @@ class ScoringTask(Task):
             scores = torch.empty_like(torch.cat(chunks))
             scores[order] = torch.cat(chunks)
             return self.corrected(scores, backbone)
+
+
+def logits_read(forward: Forward, rows: Sequence[Row], pad_id: int) -> Tensor:
+    """Return the logits ``[S, V]`` of all places that rows read, in their order, by one forward pass."""
+    batch = collate(rows, pad_id)
+    positions = torch.zeros_like(batch.input_ids, dtype=torch.bool)  # [B, T]
+    for number, row in enumerate(rows):
+        positions[number, row.read_at] = True
+    return forward(batch.input_ids, batch.attention_mask, positions=positions)
