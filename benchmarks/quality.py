@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --data DIR                 run what is missing, then print the table
     python benchmarks/quality.py --markdown                 print the table of what is stored
+    python benchmarks/quality.py --shots 16 --seeds 5       few-shot: 16 train and 16 dev records a label, drawn by seed
 
 Learning rates are chosen on dev with seed 0, each method from a list of its own; test is read only for what was
 chosen. Each cell is stored as soon as it is finished, so a stopped benchmark goes on where it stopped.
@@ -31,7 +32,7 @@ from quality_tasks import TASKS, QualityTask
 from ptune.assembly import Parts
 from ptune.backbone import Backbone
 from ptune.config import ClassificationConfig, RunConfig, TrainingConfig
-from ptune.data import Record
+from ptune.data import Record, draw_shots
 from ptune.engine import Engine
 from ptune.errors import PtuneError
 from ptune.reporting import Reporter
@@ -205,7 +206,7 @@ class TaskBenchmark:
                     "output": Path(folder) / "prompt",
                 }
             )
-            records = (self.records["train"], self.records["dev"])
+            records = self._drawn(settings.seed)
             prompt = train(config, backbone=self.backbone, records=records, reporter=timer)
         after = prompt.summary["after"]
         best_step = prompt.summary["best_step"]
@@ -213,9 +214,15 @@ class TaskBenchmark:
 
     def _tune_peft(self, settings: TrainingConfig) -> Outcome:
         peer = PeftPeer(self.backbone, virtual_tokens=self.template.num_virtual_tokens, seed=settings.seed)
-        run = train_peer(peer, self.bare, self.records["train"], self.records["dev"], settings)
+        run = train_peer(peer, self.bare, *self._drawn(settings.seed), settings)
         test = self.records["test"]
         return Outcome(run.dev, run.best_step, run.seconds_per_step, lambda: accuracy(peer, self.bare, test, 32))
+
+    def _drawn(self, seed: int) -> tuple[list[Record], list[Record]]:
+        """Return the records to learn from and those of dev: all of them, or a few of each label drawn by the seed."""
+        train, dev = self.records["train"], self.records["dev"]
+        shots = self.options.shots
+        return (train, dev) if shots is None else tuple(draw_shots(part, "label", shots, seed) for part in (train, dev))
 
     def _test(self, prompt: SoftPrompt) -> float:
         with Engine(self.backbone) as engine:
@@ -236,6 +243,7 @@ class TaskBenchmark:
             "batch_size": self.task.batch_size,
             "steps": self.steps,
             "evaluations": self.options.evaluations,
+            "shots": self.options.shots,
             "records": {split: len(records) for split, records in self.records.items()},
             "rates": {method: list(rates) for method, rates in RATES.items()},
         }
@@ -295,7 +303,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     names = [task.name for task in TASKS]
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder per task")
     parser.add_argument("--model", default="mini", help="mini, a folder or a Hub name")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/quality.json"))
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/quality.json, or few_shot.json")
+    parser.add_argument("--shots", type=int, help="few-shot: so many train and dev records a label, drawn by the seed")
     parser.add_argument("--tasks", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each tuned row")
     parser.add_argument("--steps", type=int, help="optimizer steps of every task, at least 4; each has its own default")
@@ -306,6 +315,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of the table")
     parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
     options = parser.parse_args(arguments)
+    if options.output is None:
+        options.output = Path("benchmarks/results") / ("quality.json" if options.shots is None else "few_shot.json")
     if options.steps is not None and options.steps < 4:
         parser.error("--steps is at least 4: a rate of seconds per step needs that many")
     if options.seeds < 1:

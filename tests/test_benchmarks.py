@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,25 @@ def test_a_stopped_benchmark_computes_only_what_is_missing(
     for name in ("ptune/seed 0", "frozen"):  # the same seed gives the same prompt
         assert again[name]["test"] == whole[name]["test"]
         assert again[name]["dev"] == whole[name]["dev"]
+
+
+def test_a_few_shot_benchmark_draws_other_records_for_each_seed(
+    quality: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[str]] = []
+    tune = quality.train
+
+    def watched(config: Any, *, records: Any, **named: Any) -> Any:
+        train, dev = records
+        assert len(train) == len(dev) == 4
+        drawn.append([record["text"] for record in train])
+        return tune(config, records=records, **named)
+
+    monkeypatch.setattr(quality, "train", watched)
+    only_one = [*arguments[: arguments.index("--tasks")], "--tasks", "sst2", "--shots", "2"]
+    assert quality.main(only_one) == 0
+    assert len(drawn) == 4  # three rates with the first seed, then the second seed
+    assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
 
 
 def test_results_of_other_settings_are_not_mixed_in(
