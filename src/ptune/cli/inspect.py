@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +23,7 @@ def inspect(
         str | None, typer.Option(help='After "data": file, folder or Hub name; goes before the file\'s.')
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="So many examples, or nearest words of a virtual token.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="All there is to say about a soft prompt, as JSON.")] = False,
 ) -> None:
     """Say what a soft prompt is, with the nearest words of each virtual token; or show rendered examples of a config.
 
@@ -33,7 +36,7 @@ def inspect(
             f'"ptune inspect {target}" takes nothing more; for rendered examples: ptune inspect data CONFIG.yaml'
         )
     else:
-        _inspect_prompt(Path(target), model, count)
+        _inspect_prompt(Path(target), model, count, as_json=as_json)
 
 
 def _inspect_data(config: Path | None, rest: list[str], model: str | None, data: str | None, count: int) -> None:
@@ -73,7 +76,46 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
             console.print(f"[dim]{len(row.ids)} tokens, {supervised} supervised{', cut' if row.cut else ''}[/]")
 
 
-def _inspect_prompt(folder: Path, model: str | None, count: int) -> None:
+def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Give what there is to say about a soft prompt, each fact with its name, for people."""
+    from ptune.cli.progress import format_value
+
+    task, summary, norms = described["task"], described["summary"], described["norms"]
+    yield "template", described["template"].replace("\n", "\\n")
+    yield "task", task["type"]
+    if "verbalizer" in task:
+        yield "labels", ", ".join(f"{label} {words!r}" for label, words in task["verbalizer"].items())
+    yield "backbone", described["backbone"]
+    yield (
+        "virtual tokens",
+        f"{described['virtual_tokens']} of width {described['width']}, norms {norms['least']:.2g} to "
+        f"{norms['greatest']:.2g}",
+    )
+    encoder = described["encoder"]
+    if encoder is not None:
+        settings = (f"{name} {value}" for name, value in encoder.items() if name != "type" and value is not None)
+        yield "made by", ", ".join([encoder["type"], *settings])
+    metric, before, after = (summary.get(name) for name in ("metric", "before", "after"))
+    if metric and before and after:
+        yield (
+            "result",
+            f"{metric} {format_value(metric, before[metric])} -> {format_value(metric, after[metric])} on "
+            f"{summary['dev_records']} held-out records, step {summary['best_step']} of {summary['steps']}",
+        )
+    if "training" in summary:
+        yield (
+            "run",
+            f"{summary['train_examples']} examples of {summary['data']}, learning rate "
+            f"{summary['training']['learning_rate']:g}, seed {summary['training']['seed']}, {summary['seconds']:.0f} s",
+        )
+    if "imported" in summary:
+        yield "imported", ", ".join(f"{name} {value}" for name, value in summary["imported"].items() if value)
+    if "date" in summary:
+        yield "date", summary["date"]
+    yield "loads in PEFT", "yes" if described["loads_in_peft"] else "no"
+
+
+def _inspect_prompt(folder: Path, model: str | None, count: int, *, as_json: bool) -> None:
     from ptune.cli.quiet import quiet
 
     quiet()
@@ -88,9 +130,12 @@ def _inspect_prompt(folder: Path, model: str | None, count: int) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     prompt = SoftPrompt.load(folder)
+    if as_json:
+        typer.echo(json.dumps(prompt.describe(), ensure_ascii=False, indent=2))
+        return
     facts = Table(show_header=False, box=None)
-    for name, value in prompt.describe().items():
-        facts.add_row(f"[bold]{escape(str(name))}", escape(str(value)))
+    for name, value in _facts(prompt.describe()):
+        facts.add_row(f"[bold]{name}", escape(value))
     console.print(facts)
     try:
         backbone = Backbone.load(model or prompt.backbone_name)
