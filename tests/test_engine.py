@@ -13,7 +13,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from ptune import Engine, SoftPrompt
 from ptune.backbone import Backbone
 from ptune.config import ChoiceConfig, ClassificationConfig, GenerationConfig
-from ptune.errors import SoftPromptError
+from ptune.errors import DataError, SoftPromptError
 from ptune.generation import GenerationOptions
 
 TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果"]
@@ -173,3 +173,38 @@ def test_a_prompt_of_another_backbone_is_refused(backbone: Backbone) -> None:
     other = Backbone(tiny_model("llama", seed=3), tiny_tokenizer(), "other")
     with Engine(other) as engine, pytest.raises(SoftPromptError, match="other"):
         engine.add("one", sentiment(backbone))
+
+
+def test_a_record_longer_than_the_model_is_cut_and_answered(backbone: Backbone) -> None:
+    long = {"instruction": "soup and film " * 200, "input": ""}
+    with Engine(backbone) as engine:
+        engine.add("chat", chat(backbone))
+        (answer,) = engine.predict("chat", [long])
+        assert answer["text"]
+        assert engine.generate("chat", long).text == answer["text"]
+        assert engine.predict(["chat"], [long]) == [answer]
+        renderer = engine.prompts["chat"].task.renderer
+        assert len(renderer.question(long, 8)) == (backbone.context_limit or 0) - 8
+        row = renderer.row(long, "soup")
+        assert row is not None
+        cut_for_training = [token for token, label in zip(row.ids, row.labels, strict=True) if label < 0]
+        assert len(cut_for_training) > len(renderer.question(long, 10**6))
+
+
+def test_inputs_that_mean_something_else_are_refused(backbone: Backbone) -> None:
+    pair = replace(sentiment(backbone), template="{first}[P*4]{second}{answer}")
+    with Engine(backbone) as engine:
+        engine.add("pair", pair)
+        engine.add("chat", chat(backbone))
+        with pytest.raises(DataError, match="needs second beside its first field; it has first, second"):
+            engine.first_field("pair", "a soup")
+        assert engine.first_field("pair", "a", {"second": "b"}) == {"first": "a", "second": "b"}
+        with pytest.raises(DataError, match=r'has no field "inptu"; it has instruction, input\. Did you mean "input"'):
+            engine.first_field("chat", "a", {"inptu": "b"})
+        with pytest.raises(DataError, match=r"takes a list of texts, and got a single one; write \[text\]"):
+            engine.classify("pair", "abc")
+        with pytest.raises(DataError, match="the bare model continues a text"):
+            engine.generate(None, {"text": "x"})
+        assert engine.predict("pair", []) == []
+        with pytest.raises(DataError, match="there are no records to score"):
+            engine.evaluate("pair", [])

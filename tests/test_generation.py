@@ -147,3 +147,36 @@ def test_options_that_mean_nothing_are_refused() -> None:
     for wrong in ({"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"stop": ("",)}, {"num_beams": 4}):
         with pytest.raises(ValidationError):
             GenerationOptions(**wrong)
+
+
+def test_a_long_neighbour_shortens_no_answer() -> None:
+    backbone = Backbone(tiny_model("gpt2"), tiny_tokenizer(), "tiny")
+    limit = backbone.context_limit or 0
+    contexts = [[5, 6, 7], [9] * (limit - 6), [8, 9], [4] * (limit - 6)]
+    options = GenerationOptions(max_new_tokens=20)
+    alone = [generate(backbone, [context], options)[0] for context in contexts]
+    assert generate(backbone, contexts, options) == alone
+    assert max(len(answer.ids) for answer in alone) > 6
+
+
+def test_ids_end_where_the_text_does() -> None:
+    backbone = Backbone(tiny_model("llama"), tiny_tokenizer(), "tiny")
+    (whole,) = generate(backbone, [[5, 6, 7]], GenerationOptions(max_new_tokens=12))
+    stop = backbone.tokenizer.decode(whole.ids[6:8])
+    (cut,) = generate(backbone, [[5, 6, 7]], GenerationOptions(max_new_tokens=12, stop=(stop,)))
+    assert cut.finished == "stop"
+    assert cut.text == whole.text[: whole.text.find(stop)]
+    assert whole.ids[: len(cut.ids)] == cut.ids
+    assert backbone.tokenizer.decode(cut.ids) == cut.text
+
+
+def test_options_of_sampling_are_refused_without_it() -> None:
+    with pytest.raises(ValueError, match="temperature, top_p only count when sampling, and do_sample is off"):
+        GenerationOptions(temperature=0.7, top_p=0.9)
+    GenerationOptions(do_sample=True, temperature=0.0, top_p=0.9)
+
+
+def test_nothing_to_continue_is_said() -> None:
+    backbone = Backbone(tiny_model("llama"), tiny_tokenizer(), "tiny")
+    with pytest.raises(BackboneError, match="there is nothing to continue"):
+        generate(backbone, [[]], GenerationOptions())

@@ -37,7 +37,7 @@ class Chat:
             BackboneError: the question alone leaves no room for an answer.
         """
         backbone = self._engine.backbone
-        question = self._renderer.context(record)
+        question = self._renderer.question(record, self._options.max_new_tokens)
         while True:
             context = self._history() + (self._without_virtual(question) if self._turns else question)
             room = (

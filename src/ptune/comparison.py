@@ -14,6 +14,7 @@ from ptune.generation import GenerationOptions, generate
 
 _QUESTION = "Which animals live in the sea?"
 _SHOWN = 8
+_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,6 @@ def compare_with_bare_model(parts: Parts) -> Comparison:
     changed = sum(one["text"] != other["text"] for one, other in zip(tuned_answers, bare_answers, strict=True))
     fields = task.renderer.template.fields
     question = dict.fromkeys(fields, "") | {fields[0]: _QUESTION}
-    contexts = [bare.renderer.context(question), task.renderer.context(question)]
-    answers = generate(backbone, contexts, GenerationOptions(max_new_tokens=32))
+    contexts = [one.renderer.question(question, _NEW_TOKENS) for one in (bare, task)]
+    answers = generate(backbone, contexts, GenerationOptions(max_new_tokens=_NEW_TOKENS))
     return Comparison(changed, len(records), (_QUESTION, answers[0].text, answers[1].text))

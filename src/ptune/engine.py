@@ -14,7 +14,7 @@ from typing import Any
 
 from ptune.backbone import Backbone
 from ptune.config import ModelConfig
-from ptune.errors import SoftPromptError, did_you_mean
+from ptune.errors import DataError, SoftPromptError, did_you_mean
 from ptune.generation import Generated, GenerationOptions, generate
 from ptune.mixed_batches import answer_together
 from ptune.soft_prompt import SoftPrompt
@@ -132,6 +132,8 @@ class Engine:
             SoftPromptError: no soft prompt of that name is loaded.
             DataError: a record lacks a field of the template, or its answer.
         """
+        if not records:
+            raise DataError("there are no records to score; give at least one")
         return self._get(name).task.evaluate(self.backbone, records, batch_size=batch_size)
 
     def classify(self, name: str, texts: Sequence[str], *, batch_size: int = 32) -> list[dict[str, Any]]:
@@ -140,6 +142,8 @@ class Engine:
         Raises:
             SoftPromptError: no such soft prompt, or its template has several fields: then use `predict`.
         """
+        if isinstance(texts, str):
+            raise DataError("classify() takes a list of texts, and got a single one; write [text]")
         fields = self._get(name).task.renderer.template.fields
         if len(fields) != 1:
             raise SoftPromptError(
@@ -168,7 +172,9 @@ class Engine:
             BackboneError: the context leaves no room for an answer.
         """
         if name is None:
-            context = list(self.backbone.tokenizer(str(record))["input_ids"])
+            if not isinstance(record, str):
+                raise DataError("the bare model continues a text and knows no template; give it the text itself")
+            context = list(self.backbone.tokenizer(record)["input_ids"])
             options = options or GenerationOptions()
         else:
             loaded = self._get(name)
@@ -176,14 +182,36 @@ class Engine:
             if isinstance(record, str):
                 record = self.first_field(name, record)
             options = options or GenerationOptions(max_new_tokens=getattr(loaded.prompt.task, "max_new_tokens", 128))
-            context = renderer.context(record)
+            context = renderer.question(record, options.max_new_tokens)
         listener = (lambda _index, text: on_text(text)) if on_text else None
         return generate(self.backbone, [context], options, on_text=listener)[0]
 
-    def first_field(self, name: str, text: str) -> dict[str, str]:
-        """Return the record in which a text stands for the template's first field and optional ones are empty."""
-        template = self._get(name).task.renderer.template
-        return dict.fromkeys(template.fields, "") | {template.fields[0]: text}
+    def first_field(self, name: str, text: str, others: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return the record in which a text stands for the template's first field.
+
+        Args:
+            name: of a loaded soft prompt.
+            text: of the first field.
+            others: further fields; optional ones may be absent, and are then empty.
+
+        Raises:
+            DataError: the template has no field, needs more of them, or has none of a given name.
+            SoftPromptError: no soft prompt of that name is loaded.
+        """
+        template, others = self._get(name).task.renderer.template, others or {}
+        fields = template.fields
+        if not fields:
+            raise DataError(f'the template of "{name}" has no field for a text; give records to predict()')
+        listed = f"it has {', '.join(fields)}"
+        unknown = [field for field in others if field not in fields]
+        if unknown:
+            raise DataError(
+                f'the template of "{name}" has no field "{unknown[0]}"; {listed}.{did_you_mean(unknown[0], fields)}'
+            )
+        needed = [field for field in fields[1:] if field not in (*template.optional_fields, *others)]
+        if needed:
+            raise DataError(f'the template of "{name}" needs {", ".join(needed)} beside its first field; {listed}')
+        return dict.fromkeys(fields, "") | {fields[0]: text} | dict(others)
 
     def close(self) -> None:
         """Take all virtual tokens away from the backbone."""

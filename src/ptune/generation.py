@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -37,6 +37,7 @@ from ptune.encoder_decoder import decoder_start
 from ptune.errors import BackboneError
 from ptune.families import ENCODER_DECODER
 
+_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _UNFINISHED = "�"  # what a tokenizer gives for bytes that do not make a character yet
 
 
@@ -53,6 +54,13 @@ class GenerationOptions(Settings):
     no_repeat_ngram_size: int = Field(0, ge=0)
     stop: tuple[str, ...] = ()
     seed: int | None = None
+
+    @model_validator(mode="after")
+    def _sampling_only_where_sampled(self) -> GenerationOptions:
+        given = [name for name in _OF_SAMPLING if getattr(self, name) != type(self).model_fields[name].default]
+        if given and not self.do_sample:
+            raise ValueError(f"{', '.join(given)} only count when sampling, and do_sample is off; set do_sample=True")
+        return self
 
     @field_validator("stop")
     @classmethod
@@ -112,12 +120,37 @@ def generate(
     with seeded:
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
+        for numbers in _batches(order, [_room(backbone, context, options) for context in contexts], batch_size):
             batch = [list(contexts[number]) for number in numbers]
             listener = _numbered(on_text, numbers) if on_text else None
             results |= zip(numbers, _generate_batch(backbone, batch, options, listener, use_cache), strict=True)
     return [results[number] for number in range(len(contexts))]
+
+
+def _room(backbone: Backbone, context: Sequence[int], options: GenerationOptions) -> int:
+    """Return how many tokens an answer may have, by the options and the backbone's limit."""
+    if not len(context):
+        raise BackboneError("there is nothing to continue: the text gives no tokens; write some")
+    limit = backbone.context_limit
+    if limit is None:
+        return options.max_new_tokens
+    room = limit - (1 if backbone.kind is ENCODER_DECODER else len(context))
+    if room < 1:
+        raise BackboneError(
+            f"the context has {len(context)} tokens, virtual ones counted, and {backbone.name} takes "
+            f"{limit}: no room for an answer; shorten the text"
+        )
+    return min(options.max_new_tokens, room)
+
+
+def _batches(order: Sequence[int], rooms: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return what is decoded at once: contexts with the same room, so that none shortens its neighbour's answer."""
+    batches: list[list[int]] = []
+    for number in order:
+        if not batches or len(batches[-1]) == batch_size or rooms[batches[-1][0]] != rooms[number]:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
 
 
 def _generate_batch(
@@ -129,16 +162,6 @@ def _generate_batch(
 ) -> list[Generated]:
     longest = max(map(len, contexts))
     decodes_apart = backbone.kind is ENCODER_DECODER
-    new = options.max_new_tokens
-    if decodes_apart and backbone.context_limit is not None:
-        new = min(new, backbone.context_limit - 1)
-    elif backbone.context_limit is not None:
-        new = min(new, backbone.context_limit - longest)
-        if new < 1:
-            raise BackboneError(
-                f"the context has {longest} tokens, virtual ones counted, and {backbone.name} takes "
-                f"{backbone.context_limit}: no room for an answer; shorten the text"
-            )
     pad = backbone.tokenizer.pad_token_id
     # [B, T]; a decoder continues what it reads, so pads stand on the left, and an encoder counts its places from there
     rows = [Row(tuple(context), (IGNORED,) * len(context)) for context in contexts]
@@ -149,7 +172,7 @@ def _generate_batch(
     follower = _Follower(backbone, said, len(contexts), options.stop, on_text)
     processors, warpers = _processors(options, pads, backbone.vocabulary_size)
     settings = transformers.GenerationConfig(
-        max_new_tokens=new,
+        max_new_tokens=min(_room(backbone, context, options) for context in contexts),
         use_cache=use_cache,
         pad_token_id=pad,
         eos_token_id=sorted(follower.end_ids),
@@ -249,6 +272,8 @@ class _Follower(StoppingCriteria):
         """Return a finished row's continuation, and hand out what of its text was still held back."""
         ids, ended = self._spoken(row)
         text, found = self._cut(self._text(ids))
+        while found and ids and len(self._text(ids[:-1])) >= len(text):
+            ids = ids[:-1]  # what was said is the text, and so are its ids
         self._show(number, text, whole=True)
         return Generated(tuple(ids), text, "stop" if ended or found else "length")
 

@@ -67,8 +67,8 @@ def _scored(backbone: Backbone, questions: Sequence[Question], batch_size: int) 
 
 
 def _written(backbone: Backbone, questions: Sequence[Question], batch_size: int) -> Iterator[dict[str, Any]]:
-    contexts = [task.renderer.context(record) for task, record in questions]
     lengths = [task.config.max_new_tokens for task, _ in questions if isinstance(task, Generation)]
+    contexts = [task.renderer.question(record, n) for (task, record), n in zip(questions, lengths, strict=True)]
     answers: dict[int, dict[str, Any]] = {}
     for length in dict.fromkeys(lengths):
         numbers = [number for number, own in enumerate(lengths) if own == length]

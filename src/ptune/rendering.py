@@ -168,6 +168,21 @@ class Renderer:
         """
         return self._ids(self._fit(self._values(record), reserve, record))
 
+    def question(self, record: Mapping[str, Any], max_new_tokens: int) -> list[int]:
+        """Return the ids before an answer that is still to be written.
+
+        ``max_length`` limits the text as in training. The backbone's own limit keeps room for ``max_new_tokens``, up to
+        half of itself, so that a long record is cut rather than refused; an encoder-decoder's answer needs no room.
+
+        Raises:
+            DataError, TemplateError: as `context`.
+        """
+        if self.context_limit is None or self.limit is None or self.kind is ENCODER_DECODER:
+            return self.context(record)
+        whole = self.context_limit - self.template.num_virtual_tokens
+        room = min(max_new_tokens, (whole + 1) // 2)
+        return self.context(record, reserve=max(0, self.limit - (whole - room)))
+
     def answer_ids(self, answer: str, *, end: bool = True) -> list[int]:
         """Return the ids of an answer, blanks kept, with the end token unless ``end`` is False.
 

@@ -35,6 +35,9 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many likeliest tokens.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from tokens at least so likely as the likeliest.")
+    ] = None,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 discourages repeating.")] = 1.0,
     no_repeat_ngram_size: Annotated[int, typer.Option(min=0, help="No n-gram of this size twice; 0 allows all.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
@@ -52,10 +55,11 @@ def generate(
         loaded = engine.prompts[name]
         options = _options(
             max_new_tokens=max_new_tokens or getattr(loaded.prompt.task, "max_new_tokens", 128),
-            do_sample=any(value is not None for value in (temperature, top_p, top_k)),
+            do_sample=any(value is not None for value in (temperature, top_p, top_k, min_p)),
             temperature=1.0 if temperature is None else temperature,
             top_p=1.0 if top_p is None else top_p,
             top_k=top_k or 0,
+            min_p=min_p or 0.0,
             repetition_penalty=repetition_penalty,
             no_repeat_ngram_size=no_repeat_ngram_size,
             stop=tuple(stop or ()),
@@ -64,12 +68,12 @@ def generate(
         chat = Chat(engine, name, options, with_prompt=not no_prompt)
         others = column_mapping(field)
         if text is not None:
-            _answer(chat, {**engine.first_field(name, text), **others})
+            _answer(chat, engine.first_field(name, text, others))
             return
         if sys.stdin.isatty():
             typer.echo("An empty line ends the chat.", err=True)
         while line := _question():
-            _answer(chat, {**engine.first_field(name, line), **others})
+            _answer(chat, engine.first_field(name, line, others))
 
 
 def _options(**values: Any) -> GenerationOptions:

@@ -77,7 +77,7 @@ class Generation(Task):
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
     ) -> list[dict[str, Any]]:
         """Return for each record its ``text``, greedily decoded, and whether it ended by itself (``finished``)."""
-        contexts = [self.renderer.context(record) for record in records]
+        contexts = [self.renderer.question(record, self.config.max_new_tokens) for record in records]
         options = GenerationOptions(max_new_tokens=self.config.max_new_tokens)
         answers = generate(backbone, contexts, options, batch_size=batch_size)
         return [{"text": answer.text, "finished": answer.finished} for answer in answers]

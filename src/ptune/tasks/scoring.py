@@ -84,6 +84,8 @@ class ScoringTask(Task):
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
     ) -> list[dict[str, Any]]:
         """Return for each record its ``label``, its ``probability`` and the ``probabilities`` of all answers."""
+        if not records:
+            return []
         scores = self.all_scores(backbone, records, batch_size)
         return [self.answer_from(record, row) for record, row in zip(records, scores, strict=True)]
 
