@@ -4,7 +4,7 @@
     python benchmarks/quality.py --markdown                 print the table of what is stored
     python benchmarks/quality.py --shots 16 --seeds 5       few-shot: 16 train and 16 dev records a label, drawn by seed
 
-Learning rates are chosen on dev with seed 0, each method from a list of its own; test is read only for what was
+Learning rates are chosen on dev with seed 0, from one list for all; test is read only for what was
 chosen. Each cell is stored as soon as it is finished, so a stopped benchmark goes on where it stopped.
 """
 
@@ -41,9 +41,8 @@ from ptune.tasks import task_for
 from ptune.template import Template
 from ptune.training import train
 
-_PEFT_RATES = (1e-3, 3e-3, 1e-2)
-RATES = {"ptune": (2e-3, 5e-3, 1e-2), "peft_same_steps": _PEFT_RATES, "peft_same_time": _PEFT_RATES}
-"""The learning rates from which each row's is chosen."""
+RATES = (1e-3, 3e-3, 1e-2)
+"""The learning rates from which each row's is chosen, the same for all."""
 
 TIMED = ("ptune", "peft_same_steps")
 """The rows whose seconds per step are compared."""
@@ -158,7 +157,7 @@ class TaskBenchmark:
 
             return self.cells.get(self.task.name, f"{method}/rate {rate:g}", compute)["dev"]
 
-        return max(RATES[method], key=search)
+        return max(RATES, key=search)
 
     def steps_of_same_time(self) -> dict[str, Any]:
         """Return how many steps PEFT takes in the time of ptune's, as measured by this benchmark."""
@@ -245,7 +244,7 @@ class TaskBenchmark:
             "evaluations": self.options.evaluations,
             "shots": self.options.shots,
             "records": {split: len(records) for split, records in self.records.items()},
-            "rates": {method: list(rates) for method, rates in RATES.items()},
+            "rates": list(RATES),
         }
 
 

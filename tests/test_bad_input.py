@@ -149,7 +149,7 @@ def test_data_that_cannot_be_used(
         ({"task__verbalizer": {"good": " a", "bad": " a"}}, ['"good"', '"bad"', "cannot be told apart", "are equal"]),
         ({"task__verbalizer": {"good": " great", "bad": " great room"}}, ['"good"', '"bad"', "begin"]),
         ({"prompt__template": "{text}[P*4]"}, ["{answer}", "{text}[P*4]"]),
-        ({"prompt__template": "{text}{answer}"}, ["no virtual tokens", "[P*10]"]),
+        ({"prompt__template": "{text}{answer}"}, ["no virtual tokens stand in it", "[P*10]"]),
         (
             {"prompt__template": "{text}[P*x]{answer}"},
             ["character 7: this [ is no part of [P*10]", "\n  {text}[P*x]{answer}\n        ^"],

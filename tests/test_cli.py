@@ -243,6 +243,7 @@ def test_inspect_data_shows_examples_as_the_model_sees_them(place: Path) -> None
     assert "test.jsonl, line 1" in said
     assert said.count(" supervised") == 2
     assert record["text"] in said
+    assert f">>{' good' if record['label'] else ' bad'}<<" in said  # what is supervised
     words = len(tiny_tokenizer()(" good" if record["label"] else " bad")["input_ids"])
     text = len(tiny_tokenizer()(record["text"])["input_ids"])
     assert f"{text + 4 + words} tokens, {words} supervised" in said

@@ -142,7 +142,7 @@ def test_booleans_and_numbers_that_yaml_makes_of_labels_are_their_text() -> None
 
 def test_a_bare_no_in_yaml_is_the_mixed_precision_of_that_name() -> None:
     assert parse_config(SMALL | yaml.safe_load("training: {mixed_precision: no}")).training.mixed_precision == "no"
-    assert "'fp16', and is True" in mistake(SMALL | yaml.safe_load("training: {mixed_precision: yes}"))
+    assert "'bf16', and is True" in mistake(SMALL | yaml.safe_load("training: {mixed_precision: yes}"))
 
 
 @pytest.mark.parametrize(
@@ -212,6 +212,9 @@ def test_a_mistake_in_an_override_is_reported_with_those_of_the_file() -> None:
         (["--revision", "0123456"], {"model.revision": "0123456"}),
         (["--mixed-precision", "no"], {"training.mixed_precision": "no"}),
         (["--context-cache", "500MB"], {"training.context_cache": "500MB"}),
+        (["--encoder.type", "lstm"], {"prompt.encoder.type": "lstm"}),
+        (["--data.fields.text", "sentence"], {"data.fields": {"text": "sentence"}}),
+        (["--fields.a-b", "c"], {"data.fields": {"a-b": "c"}}),
     ],
 )
 def test_a_setting_is_overridden_as_it_is_typed(arguments: list[str], expected: dict[str, Any]) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.assembly import build_task, parse_template, read_records
+from ptune.assembly import build_task, read_records
 from ptune.backbone import Backbone
 from ptune.config import TASK_CONFIGS, ClassificationConfig, RunConfig
 from ptune.config_file import load_config
 from ptune.soft_prompt import SoftPrompt
+from ptune.template import Template
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
@@ -49,7 +50,7 @@ def test_an_example_is_a_run_with_a_task_and_virtual_tokens(name: str) -> None:
     config = load_config(EXAMPLES / name)
     assert isinstance(config, RunConfig)
     assert isinstance(config.task, TASK_CONFIGS)
-    template = parse_template(config)
+    template = Template.parse(config.prompt.template)
     assert template.num_virtual_tokens > 0
     assert template.fields
     assert config.output.parts[0] == "prompts"
@@ -69,7 +70,7 @@ def test_an_example_fits_its_data_set(name: str, real_data: Path, bloom: Path) -
     if isinstance(config.task, ClassificationConfig):  # the tiny tokenizer spells words, which may begin one another
         letters = {label: f" {chr(ord('A') + number)}" for number, label in enumerate(config.task.verbalizer)}
         config = config.model_copy(update={"task": config.task.model_copy(update={"verbalizer": letters})})
-    template = parse_template(config)
+    template = Template.parse(config.prompt.template)
     train, dev = read_records(config, template)
     assert train
     assert dev

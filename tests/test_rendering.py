@@ -388,8 +388,7 @@ def test_a_preview_decodes_back_what_the_model_reads() -> None:
     assert [(segment.kind, segment.text) for segment in segments] == [
         ("virtual", "[P0][P1]"),
         ("text", "Human: Walk\n"),
-        ("answer", "Yes"),
-        ("special", "</s>"),
+        ("answer", "Yes</s>"),
     ]
     words_alone = renderer("{text}[P]{answer}").preview({"text": "Walk"}, " great", end=False)
     assert [segment.kind for segment in words_alone] == ["text", "virtual", "answer"]

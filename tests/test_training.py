@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,12 +19,14 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.assembly import Parts
 from ptune.backbone import Backbone
 from ptune.checkpoint import Progress
+from ptune.comparison import Comparison
 from ptune.config import RunConfig
 from ptune.config_file import config_yaml
-from ptune.errors import ConfigError, MissingExtraError, OutputError, TrainingError
+from ptune.data import Record
+from ptune.engine import Engine
+from ptune.errors import ConfigError, DataError, MissingExtraError, OutputError, SoftPromptError, TrainingError
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
 from ptune.training import StepPlan, Stopped, train
@@ -84,8 +87,8 @@ class Listener(Reporter):
     def warned(self, sentence: str) -> None:
         self.warnings.append(sentence)
 
-    def finished(self, prompt: SoftPrompt, parts: Parts, progress: Progress) -> None:
-        self.progress = progress
+    def finished(self, prompt: SoftPrompt, progress: Progress, comparison: Comparison | None) -> None:
+        self.progress, self.comparison = progress, comparison
 
 
 def _hashes(model: torch.nn.Module) -> dict[str, str]:
@@ -227,11 +230,101 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_mend(folder: Pa
     assert (config.output / "run" / "checkpoint.safetensors").exists()
 
 
-def test_constant_predictions_and_divergence_are_warned_of(folder: Path, tmp_path: Path) -> None:
+def test_divergence_is_warned_of(folder: Path, tmp_path: Path) -> None:
     listener = Listener()
-    config = settings(folder, tmp_path / "prompt", learning_rate=1e4, schedule="constant", max_steps=30)
-    train(config, reporter=listener)
-    assert any("diverges" in warning or "majority" in warning for warning in listener.warnings)
+    config = settings(folder, tmp_path / "prompt", learning_rate=0.05, max_steps=80)
+    words = {"positive": "great", "negative": "terrible"}
+    rows = [Record({"text": f"{words[label]} soup {n}", "label": label}) for n in range(16) for label in words]
+    other = {"positive": "negative", "negative": "positive"}
+    against = [
+        Record({"text": row["text"], "label": other[row["label"]]}) for row in rows
+    ]  # the more it learns, the worse
+    train(config, records=(rows, against), reporter=listener)
+    assert any("it diverges" in warning for warning in listener.warnings)
+
+
+def test_constant_predictions_are_warned_of(folder: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    config = settings(folder, tmp_path / "prompt", learning_rate=1e-9, max_steps=2)
+    one_label = [Record({"text": f"soup {n}", "label": "positive" if n < 9 else "negative"}) for n in range(10)]
+    train(config, records=(one_label, one_label[:1] * 8), reporter=listener)
+    assert any("nearly all predictions are one label" in warning for warning in listener.warnings)
+
+
+def test_a_run_is_compared_with_the_bare_model(folder: Path, tmp_path: Path) -> None:
+    learnt = Listener()
+    train(settings(folder, tmp_path / "learnt", max_steps=60, learning_rate=0.05), reporter=learnt)
+    assert learnt.comparison is not None
+    assert 0 < learnt.comparison.changed <= learnt.comparison.total
+    assert learnt.comparison.shift is not None
+    assert learnt.comparison.shift > 0.05
+    assert not any("changes no answer" in warning for warning in learnt.warnings)
+    assert Comparison(0, 8, shift=0.001).nothing_changed
+    assert not Comparison(0, 8, shift=0.2).nothing_changed
+    assert Comparison(0, 8).nothing_changed
+
+
+def test_a_generation_run_ends_with_a_question_off_the_task(folder: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    values = settings(folder, tmp_path / "prompt", max_steps=4, learning_rate=0.5).model_dump(mode="json")
+    values["task"] = {"type": "generation", "answer_field": "label", "max_new_tokens": 6}
+    train(RunConfig.model_validate(values), reporter=listener)
+    assert listener.comparison is not None
+    assert listener.comparison.off_task is not None
+    question, bare, tuned = listener.comparison.off_task
+    assert question.endswith("?")
+    assert bare != tuned
+
+
+def test_warnings_reach_the_log_of_who_gives_no_reporter(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(folder, tmp_path / "prompt", max_steps=1)
+    record = Record({"text": "a great soup", "label": "positive"})
+    train(config, records=([record] * 4, [record] * 4))
+    assert "1 of 2 labels have no training record (negative)" in caplog.text
+    assert "1 of 2 labels have no dev record (negative)" in caplog.text
+
+
+def test_mistakes_in_dev_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, tmp_path / "prompt")
+    good, wrong = Record({"text": "a", "label": "positive"}), Record({"text": "a", "label": "neutral"}, "dev, line 3")
+    with pytest.raises(DataError, match=r'dev, line 3: the label "neutral" is not in the verbalizer'):
+        train(config, records=([good], [good, wrong]))
+    with pytest.raises(DataError, match="there are no dev records"):
+        train(config, records=([good], []))
+    assert not config.output.exists()
+
+
+def test_data_is_read_before_a_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    values = settings(folder, tmp_path / "prompt").model_dump(mode="json")
+    values["model"]["name"] = str(tmp_path / "absent")
+    values["data"] = {"train": str(tmp_path / "nothing.jsonl")}
+    with pytest.raises(DataError, match=r"nothing\.jsonl"):
+        train(RunConfig.model_validate(values))
+
+
+def test_a_run_leaves_backbone_and_random_generator_as_they_were(folder: Path, tmp_path: Path) -> None:
+    backbone = Backbone.load(str(folder / "model"))
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    train(settings(folder, tmp_path / "one", gradient_checkpointing=True, plan="reference"), backbone=backbone)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert backbone.plan == "auto"
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in backbone.model.modules())
+    train(settings(folder, tmp_path / "two"), backbone=backbone)
+    assert len(backbone.plans.contexts) == 0
+
+
+def test_training_goes_on_beside_an_engine_on_the_same_backbone(folder: Path, tmp_path: Path) -> None:
+    backbone = Backbone.load(str(folder / "model"))
+    alone = train(settings(folder, tmp_path / "alone", context_cache="0"), backbone=backbone)
+    with Engine(backbone) as engine:
+        engine.add("other", alone)
+        answers = engine.classify("other", ["a great soup"])
+        beside = train(settings(folder, tmp_path / "beside", context_cache="0"), backbone=backbone)
+        assert engine.classify("other", ["a great soup"]) == answers
+    torch.testing.assert_close(beside.rows, alone.rows, rtol=1e-5, atol=1e-6)
 
 
 def test_early_stopping_counts_evaluations_without_gain(folder: Path, tmp_path: Path) -> None:
@@ -239,6 +332,59 @@ def test_early_stopping_counts_evaluations_without_gain(folder: Path, tmp_path: 
     config = settings(folder, tmp_path / "prompt", learning_rate=1e-9, max_steps=40, evaluations=20, patience=2)
     train(config, reporter=listener)
     assert listener.progress.step == 4
+
+
+class KilledError(Exception):
+    """Stands for a kill at a chosen moment."""
+
+
+def test_a_kill_before_the_first_step_or_the_last_save_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    """Early stopping counts the same evaluations, whatever a resumed run had done already."""
+
+    def run(name: str, stop_at: int | None) -> SoftPrompt:
+        config = settings(
+            folder,
+            tmp_path / name,
+            learning_rate=1e-9,
+            max_steps=40,
+            evaluations=40,
+            patience=3,
+            checkpoint_minutes=1e-9,
+        )
+
+        class Killer(Reporter):
+            def stopped_early(self, step: int, patience: int) -> None:
+                if stop_at == -1:
+                    raise KilledError
+
+            def stepped(self, step: int, loss: float, learning_rate: float) -> None:
+                if step == stop_at:
+                    raise KilledError
+
+        with contextlib.suppress(KilledError):
+            return train(config, reporter=Killer())
+        return train(config, resume=True)
+
+    whole = run("whole", None)
+    for name, stop_at in (("first", 1), ("last", -1)):
+        broken = run(name, stop_at)
+        assert torch.equal(broken.rows, whole.rows)
+        assert broken.summary["steps"] == whole.summary["steps"] == 3
+        log = (tmp_path / name / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [json.loads(line)["step"] for line in log]
+        assert steps == sorted(set(steps))
+
+
+def test_starting_from_a_prompt_of_another_backbone_or_length_is_refused(folder: Path, tmp_path: Path) -> None:
+    train(settings(folder, tmp_path / "first", max_steps=1))
+    values = settings(folder, tmp_path / "second").model_dump(mode="json")
+    values["prompt"]["start"] = {"method": "prompt", "prompt": str(tmp_path / "first")}
+    other = Backbone(tiny_model("llama", seed=5), tiny_tokenizer(), "other")
+    with pytest.raises(SoftPromptError, match="belongs to another backbone"):
+        train(RunConfig.model_validate(values), backbone=other)
+    values["prompt"]["template"] = "{text}[P*5]{answer}"
+    with pytest.raises(ConfigError, match="has 4 virtual tokens and the template 5; give the template as many"):
+        train(RunConfig.model_validate(values))
 
 
 def test_starting_from_another_prompt_takes_its_rows(folder: Path, tmp_path: Path) -> None:

@@ -5,15 +5,15 @@ Knows how the parts fit together, and nothing of the training loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.chat_template import in_chat
-from ptune.config import ClassificationConfig, RunConfig
-from ptune.data import Record, data_hash, draw_shots, has_split, load_records, split_dev
+from ptune.config import ClassificationConfig, RunConfig, label_text
+from ptune.data import Record, data_hash, draw, draw_shots, has_split, load_records, split_dev
 from ptune.encoder import build_encoder
 from ptune.errors import ConfigError, DataError
 from ptune.initial_rows import initial_rows
@@ -35,6 +35,7 @@ class Parts:
         dropped: how many training records were left out as too long.
         cut: how many were shortened.
         data_hash: of the training records, for the soft prompt's summary.
+        notes: what its maker should know of the data and the start, a sentence each.
     """
 
     prompted: PromptedModel
@@ -44,6 +45,7 @@ class Parts:
     dropped: int
     cut: int
     data_hash: str
+    notes: list[str]
 
 
 def assemble(
@@ -66,10 +68,13 @@ def assemble(
     try:
         task = build_task(config, template, backbone, prompted.first_virtual_id)
         examples = [example for record in train if (example := task.example(record)) is not None]
-        if not examples:
-            raise DataError(
-                f"all {len(train)} training records are longer than max_length {config.prompt.max_length}; raise it"
-            )
+        scored = sum(task.example(record) is not None for record in dev)  # mistakes in dev show before the first step
+        for usable, given, what in ((len(examples), len(train), "training"), (scored, len(dev), "dev")):
+            if not given:
+                raise DataError(f"there are no {what} records; give at least one")
+            if not usable:
+                limit = config.prompt.max_length
+                raise DataError(f"all {given} {what} records are longer than max_length {limit}; raise it")
     except BaseException:
         prompted.close()
         raise
@@ -81,31 +86,17 @@ def assemble(
         dropped=len(train) - len(examples),
         cut=sum(any(row.cut for row in example.rows) for example in examples),
         data_hash=data_hash(train),
+        notes=[*_missing_labels(config, train, dev), *_left_out_turns(train)],
     )
-
-
-def parse_template(config: RunConfig) -> Template:
-    """Return the run's template.
-
-    Raises:
-        TemplateError: it cannot be parsed.
-        ConfigError: it has no virtual tokens, so there is nothing to train.
-    """
-    template = Template.parse(config.prompt.template)
-    if template.num_virtual_tokens == 0:
-        raise ConfigError(
-            '"prompt.template" has no virtual tokens, so there is nothing to train; put [P*10] where they should stand'
-        )
-    return template
 
 
 def template_for(config: RunConfig, backbone: Backbone) -> Template:
     """Return the run's template as the backbone reads it: in its chat template where the settings ask for that.
 
     Raises:
-        TemplateError, ConfigError: as `parse_template` and `in_chat`.
+        ConfigError: as `in_chat`.
     """
-    template = parse_template(config)
+    template = Template.parse(config.prompt.template)
     return in_chat(template, backbone.tokenizer, config.prompt.system) if config.prompt.chat else template
 
 
@@ -145,7 +136,9 @@ def read_records(config: RunConfig, template: Template) -> tuple[list[Record], l
         label, seed = config.task.label_field, config.training.seed
         train = draw_shots(train, label, data.shots, seed, exact=True)
         dev = draw_shots(dev, label, data.shots, seed)
-    return train, dev[: data.dev_limit]
+    if data.dev_limit is not None and len(dev) > data.dev_limit:
+        dev = draw(dev, data.dev_limit, config.training.seed)  # not the first ones: files are often sorted by label
+    return train, dev
 
 
 def start_rows(config: RunConfig, backbone: Backbone, template: Template) -> Tensor:
@@ -158,6 +151,38 @@ def start_rows(config: RunConfig, backbone: Backbone, template: Template) -> Ten
         tokenizer=backbone.tokenizer,
         vocabulary_size=backbone.vocabulary_size,
         label_words=words,
-        prompt_rows=lambda folder: SoftPrompt.load(folder).rows,
+        prompt_rows=lambda folder: _rows_of(folder, backbone, template),
         seed=config.training.seed,
     )
+
+
+def _rows_of(folder: str, backbone: Backbone, template: Template) -> Tensor:
+    """Return the rows of a soft prompt to start from, which must be of this backbone and as many."""
+    prompt = SoftPrompt.load(folder)
+    prompt.check(backbone)
+    if len(prompt.rows) != template.num_virtual_tokens:
+        raise ConfigError(
+            f'the soft prompt "{folder}" to start from has {len(prompt.rows)} virtual tokens and the template '
+            f"{template.num_virtual_tokens}; give the template as many"
+        )
+    return prompt.rows
+
+
+def _missing_labels(config: RunConfig, train: Sequence[Record], dev: Sequence[Record]) -> Iterator[str]:
+    if not isinstance(config.task, ClassificationConfig):
+        return
+    for records, what in ((train, "training"), (dev, "dev")):
+        seen = {label_text(record.get(config.task.label_field)) for record in records}
+        missing = [label for label in config.task.verbalizer if label not in seen]
+        if missing:
+            some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            yield (
+                f"{len(missing)} of {len(config.task.verbalizer)} labels have no {what} record ({some}): "
+                "is the file sorted, and data.limit or data.dev_limit too small?"
+            )
+
+
+def _left_out_turns(train: Sequence[Record]) -> Iterator[str]:
+    count = sum(getattr(record, "turns_left_out", 0) for record in train)
+    if count:
+        yield f"{count} later answers of conversations are left out: the first question and answer of each are used"

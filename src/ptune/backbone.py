@@ -280,6 +280,18 @@ class Backbone:
             recompute = functools.partial(_checkpoint, layer, {"use_reentrant": False} | settings)
             layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
 
+    @contextmanager
+    def left_as_it_was(self) -> Iterator[None]:
+        """Undo, when the block ends, what it sets: the plan, kept contexts, gradient checkpointing."""
+        plan, contexts, recomputed = self.plan, self.plans.contexts, self._recomputed
+        try:
+            yield
+        finally:
+            self.plan, self.plans.contexts = plan, contexts
+            for layer in self._recomputed if not recomputed else []:
+                layer.gradient_checkpointing = False
+            self._recomputed = recomputed
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells this backbone from others, as `ptune.fingerprint` has it."""
         ids = sampled_ids(self.vocabulary_size)

@@ -9,12 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ptune.assembly import Parts
+from ptune.backbone import Backbone
 from ptune.config import GenerationConfig
 from ptune.generation import GenerationOptions, generate
+from ptune.tasks import Task
 
 _QUESTION = "Which animals live in the sea?"
-_SHOWN = 8
 _NEW_TOKENS = 32
+_SCORED, _WRITTEN = 64, 8
+"""Held-out records that are answered both ways: texts take longer than labels."""
+_LEAST_SHIFT = 0.01
 
 
 @dataclass(frozen=True)
@@ -24,27 +28,47 @@ class Comparison:
     Attributes:
         changed: answers that differ from the bare model's.
         total: answers compared.
+        shift: mean change of the answers' probabilities, of all labels together; None for free text.
         off_task: question, the bare model's answer, the answer with the prompt; None for tasks without free text.
     """
 
     changed: int
     total: int
-    off_task: tuple[str, str, str] | None
+    shift: float | None = None
+    off_task: tuple[str, str, str] | None = None
+
+    @property
+    def nothing_changed(self) -> bool:
+        """Whether the prompt does next to nothing."""
+        return self.changed == 0 and (self.shift is None or self.shift < _LEAST_SHIFT)
 
 
-def compare_with_bare_model(parts: Parts) -> Comparison:
-    """Answer some dev records, and one question that has nothing to do with them, with and without virtual tokens."""
+def compare_with_bare_model(parts: Parts) -> Comparison | None:
+    """Answer some dev records, and one question that has nothing to do with them, with and without virtual tokens.
+
+    None where the template has no field, as for records that are tokenised already: there is nothing to ask.
+    """
     task, backbone = parts.task, parts.prompted.backbone
+    if not task.renderer.template.fields:
+        return None
     bare = task.with_renderer(task.renderer.without_virtual_tokens())
-    records = parts.dev[:_SHOWN]
-    tuned_answers = task.predict(backbone, records, batch_size=_SHOWN)
-    bare_answers = bare.predict(backbone, records, batch_size=_SHOWN)
-    if not isinstance(task.config, GenerationConfig):
-        changed = sum(one["label"] != other["label"] for one, other in zip(tuned_answers, bare_answers, strict=True))
-        return Comparison(changed, len(records), None)
-    changed = sum(one["text"] != other["text"] for one, other in zip(tuned_answers, bare_answers, strict=True))
+    writes = isinstance(task.config, GenerationConfig)
+    records = parts.dev[: _WRITTEN if writes else _SCORED]
+    with_prompt, without = (one.predict(backbone, records, batch_size=len(records)) for one in (task, bare))
+    if writes:
+        changed = sum(one["text"] != other["text"] for one, other in zip(with_prompt, without, strict=True))
+        return Comparison(changed, len(records), off_task=_off_task(task, bare, backbone))
+    changed = sum(one["label"] != other["label"] for one, other in zip(with_prompt, without, strict=True))
+    shifts = [
+        sum(abs(probability - other["probabilities"][label]) for label, probability in one["probabilities"].items()) / 2
+        for one, other in zip(with_prompt, without, strict=True)
+    ]
+    return Comparison(changed, len(records), shift=sum(shifts) / len(shifts))
+
+
+def _off_task(task: Task, bare: Task, backbone: Backbone) -> tuple[str, str, str]:
     fields = task.renderer.template.fields
     question = dict.fromkeys(fields, "") | {fields[0]: _QUESTION}
     contexts = [one.renderer.question(question, _NEW_TOKENS) for one in (bare, task)]
     answers = generate(backbone, contexts, GenerationOptions(max_new_tokens=_NEW_TOKENS))
-    return Comparison(changed, len(records), (_QUESTION, answers[0].text, answers[1].text))
+    return _QUESTION, answers[0].text, answers[1].text

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ptune.template import Template
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown names refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def _bytes(size: str) -> int:
@@ -119,6 +121,15 @@ class PromptConfig(Settings):
         description="For an answer that is itself too long. Default: cut for generation, error for classification.",
     )
 
+    @field_validator("template")
+    @classmethod
+    def _a_template_with_virtual_tokens(cls, value: str) -> str:
+        if Template.parse(value).num_virtual_tokens == 0:
+            raise ValueError(
+                "no virtual tokens stand in it, so there is nothing to train; put [P*10] where they should"
+            )
+        return value
+
     @model_validator(mode="after")
     def _system_in_a_chat(self) -> PromptConfig:
         if self.system is not None and not self.chat:
@@ -170,6 +181,9 @@ class ClassificationConfig(Settings):
     @model_validator(mode="after")
     def _labels_that_exist(self) -> ClassificationConfig:
         named = [*self.label_weights, *([] if self.negative_label is None else [self.negative_label])]
+        weightless = [label for label, weight in self.label_weights.items() if weight <= 0]
+        if weightless:
+            raise ValueError(f"the weight of {weightless[0]!r} is not above 0; leave its records out instead")
         unknown = [label for label in named if label not in self.verbalizer]
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no label of the verbalizer, which has {', '.join(self.verbalizer)}")
@@ -222,8 +236,10 @@ class TrainingConfig(Settings):
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="The gradient is clipped to this norm.")
-    seed: int = Field(0, description="Of the start, the order of records and the dropout.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Autocast, as accelerate has it.")
+    seed: int = Field(0, ge=-(2**31), lt=2**32, description="Of the start, the order of records and the dropout.")
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="Autocast, as accelerate has it. Half precision of the frozen weights is `model.dtype`."
+    )
     plan: Literal["auto", "reference"] = Field(
         "auto", description="How forwards are carried out: the cheapest way to the same numbers, or the plain one."
     )

@@ -61,9 +61,9 @@ def parse_config(
 
 
 def override(name: str) -> str:
-    """Return the dotted name of a setting for what was typed: the dotted name itself, or a leaf that is unique.
+    """Return the dotted name of a setting for what was typed: the whole of it, or as much of its end as is unique.
 
-    Dashes and underscores mean the same.
+    Dashes and underscores mean the same. A key of a mapping may follow, as in ``data.fields.text``.
 
     Raises:
         ConfigError: no such setting, or several end in that name.
@@ -72,9 +72,14 @@ def override(name: str) -> str:
     known = setting_names()
     if typed in known:
         return typed
-    leaves = [full for full in known if full.rsplit(".", 1)[-1] == typed]
+    leaves = [full for full in known if full.endswith(f".{typed}")]
     if len(leaves) == 1:
         return leaves[0]
+    outer, dot, key = name.rpartition(".")
+    if dot and not leaves:
+        mapping = next((full for full in known if f".{full}".endswith(f".{outer.replace('-', '_')}")), None)
+        if mapping in _mappings():
+            return f"{mapping}.{key}"
     if leaves:
         raise ConfigError(f'several settings are called "{name}": {", ".join(leaves)}; give one of these')
     raise ConfigError(f'there is no setting "{name}".{did_you_mean(typed, _names_and_leaves(known))}')
@@ -107,6 +112,10 @@ def setting_names() -> list[str]:
     return list(dict.fromkeys(name for name, _ in _leaves()))
 
 
+def _mappings() -> list[str]:
+    return [name for name, annotation in _leaves() if any(get_origin(part) is dict for part in _parts(annotation))]
+
+
 def _leaves() -> Iterator[tuple[str, Any]]:
     for name, field in RunConfig.model_fields.items():
         for annotation in TASK_CONFIGS if name == "task" else [field.annotation]:
@@ -122,7 +131,7 @@ def _leaves_of(prefix: str, annotation: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _typed_value(name: str, typed: str) -> Any:
-    parts = [part for leaf, annotation in _leaves() if leaf == name for part in _parts(annotation)]
+    parts = [part for leaf, annotation in _leaves() if leaf == name for part in _parts(annotation)] or [str]
     if typed == "null" and type(None) in parts:
         return None
     # a text is taken as it stands: as YAML, `no` would be a boolean, and a template often no YAML at all

@@ -14,9 +14,9 @@ from typing import Any
 
 from ptune.config import label_text
 from ptune.errors import DataError, did_you_mean
-from ptune.readers import Record, has_split, read_records
+from ptune.readers import Record, has_split, looks_like_a_source, read_records
 
-__all__ = ["Record", "data_hash", "draw_shots", "has_split", "load_records", "split_dev"]
+__all__ = ["Record", "data_hash", "draw", "draw_shots", "has_split", "load_records", "looks_like_a_source", "split_dev"]
 
 _USERS = ("human", "user")
 _ASSISTANTS = ("gpt", "assistant")
@@ -95,6 +95,12 @@ def split_dev(
     return train, [records[index] for index in sorted(dev)]
 
 
+def draw(records: Sequence[Record], count: int, seed: int = 0) -> list[Record]:
+    """Return ``count`` of the records, in their old order; the same for the same seed, whatever the order."""
+    ranked = sorted(range(len(records)), key=lambda index: _rank(_canonical(records[index]), seed))
+    return [records[index] for index in sorted(ranked[:count])]
+
+
 def draw_shots(
     records: Sequence[Record], label_field: str, count: int, seed: int = 0, *, exact: bool = False
 ) -> list[Record]:
@@ -171,6 +177,7 @@ def _fill_from_conversation(record: Record) -> None:
             system = next((text for name, text in spoken if name == "system"), "")
             filled = {"system": system, "instruction": question, "input": "", "output": answer}
             record.update({name: text for name, text in filled.items() if name not in record})
+            record.turns_left_out = sum(replier in _ASSISTANTS for replier, _ in spoken) - 1
             return
     raise DataError(
         f"{record.location}: expected in {column} a turn from human or user with text, followed by one from gpt or "

@@ -51,15 +51,24 @@ class Engine:
         self._loaded: dict[str, LoadedPrompt] = {}
 
     @classmethod
-    def for_prompt(cls, folder: str | Path, model: ModelConfig | str | None = None) -> Engine:
+    def for_prompt(cls, folder: str | Path, model: ModelConfig | str | None = None, **loading: Any) -> Engine:
         """Load a soft prompt, under the name of its folder, with the backbone that it names or another copy of it.
+
+        Args:
+            folder: the soft prompt's.
+            model: another copy of its backbone; the one that it names, of the revision it was trained on, where absent.
+            loading: fields of `ModelConfig` beside the name, as ``device`` and ``dtype``.
 
         Raises:
             SoftPromptError: the folder holds no sound soft prompt, or one of another backbone.
             BackboneError: the backbone cannot be loaded.
         """
         prompt = SoftPrompt.load(folder)
-        engine = cls(model or prompt.backbone_name)
+        if model is None:
+            loading = {"revision": (prompt.summary.get("model") or {}).get("revision")} | loading
+        if not isinstance(model, ModelConfig):
+            model = ModelConfig(name=model or prompt.backbone_name)
+        engine = cls(ModelConfig.model_validate(model.model_dump() | loading))
         engine.add(Path(folder).resolve().name, prompt)
         return engine
 

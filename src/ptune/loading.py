@@ -73,9 +73,17 @@ def check_folder(source: str) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of that name; for "auto" the GPU, Apple's or the processor, whichever is there first."""
+    """Return the device of that name; for "auto" the GPU, Apple's or the processor, whichever is there first.
+
+    Raises:
+        BackboneError: no such kind of device, or none of it here.
+    """
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # torch's words run over pages
+            reason = str(error).splitlines()[0].rstrip(".:")
+            raise BackboneError(f'there is no device "{name}" here ({reason}); choose auto or cpu') from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -28,15 +28,24 @@ class Record(dict[str, Any]):
 
     Attributes:
         location: where it stands, as in ``train.jsonl, line 12``; part of every error about it.
+        turns_left_out: answers of a conversation that are not in the fields.
     """
 
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), location: str = "a record") -> None:
         super().__init__(values)
         self.location = location
+        self.turns_left_out = 0
 
 
 class MissingSplitError(DataError):
     """A folder or Hub data set that can be read, and has no such split."""
+
+
+def looks_like_a_source(text: str) -> bool:
+    """Whether a text reads like a path, a data file or a Hub name with its owner, and not like something said."""
+    if Path(text).suffix.lower() in _READERS or text.startswith(("/", "./", "../", "~")):
+        return True
+    return "/" in text and text.isascii() and _HUB_NAME.fullmatch(text) is not None
 
 
 def has_split(source: str | Path, split: str) -> bool:

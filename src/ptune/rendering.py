@@ -285,9 +285,9 @@ class Renderer:
     def _kind(self, token: int, label: int) -> SegmentKind:
         if token >= self.vocabulary_size:
             return "virtual"
-        if token in self.tokenizer.all_special_ids:
-            return "special"
-        return "text" if label == IGNORED else "answer"
+        if label != IGNORED:
+            return "answer"  # its end token, too
+        return "special" if token in self.tokenizer.all_special_ids else "text"
 
     def _decode(self, kind: SegmentKind, ids: list[int]) -> str:
         if kind == "virtual":

@@ -1,21 +1,23 @@
-"""What a run tells while it goes on. The base class is silent; the command line has one that draws a progress bar.
+"""What a run tells while it goes on. The base class shows warnings only; the command line's draws a progress bar.
 
 Knows what can happen in a run, and nothing of how it is shown.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptune.assembly import Parts
 from ptune.checkpoint import Progress
+from ptune.comparison import Comparison
 from ptune.config import RunConfig
 from ptune.soft_prompt import SoftPrompt
 
 
 class Reporter:
-    """Hears of every event of a run, and says nothing. Override what you want to show."""
+    """Hears of every event of a run, and shows warnings only. Override what you want to show."""
 
     def started(self, config: RunConfig, parts: Parts, total_steps: int, step: int) -> None:
         """Training begins, or goes on after ``step``."""
@@ -33,10 +35,11 @@ class Reporter:
         """Some dev records were answered by the very path that serves."""
 
     def warned(self, sentence: str) -> None:
-        """Something looks wrong, but the run goes on."""
+        """Something looks wrong, but the run goes on. Logged by ptune's logger unless a reporter shows it."""
+        logging.getLogger("ptune").warning(sentence)
 
     def stopped_early(self, step: int, patience: int) -> None:
         """The metric did not get better for ``patience`` evaluations."""
 
-    def finished(self, prompt: SoftPrompt, parts: Parts, progress: Progress) -> None:
-        """The soft prompt is saved. The backbone's table holds its rows, so answers can be asked for."""
+    def finished(self, prompt: SoftPrompt, progress: Progress, comparison: Comparison | None) -> None:
+        """The soft prompt is saved, and was compared with the bare model; None for records without fields."""

@@ -40,11 +40,19 @@ class RunFolder:
         checkpoint: the state of the run; exists where there is something to go on with.
     """
 
-    def __init__(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, config: RunConfig, *, resume: bool, overwrite: bool, writes: bool = True) -> None:
+        """Name the folder; nothing is touched yet.
+
+        Args:
+            config: the run's settings.
+            resume: it goes on with what stands there.
+            overwrite: it takes the place of what stands there.
+            writes: False in all processes of a run but one, which locks and writes for them.
+        """
         self.path = config.output
         self.run = config.output / "run"
         self.checkpoint = self.run / "checkpoint.safetensors"
-        self._config, self._resume, self._overwrite = config, resume, overwrite
+        self._config, self._resume, self._overwrite, self._writes = config, resume, overwrite, writes
         self._stack = ExitStack()
         self._made: list[Path] = []
         self._begun = False
@@ -56,6 +64,8 @@ class RunFolder:
             OutputError: it holds another run or something else, is in use, or cannot be written.
             ConfigError: a run to resume had other settings.
         """
+        if not self._writes:
+            return self
         others = self._foreign_files()
         if others:
             raise OutputError(f'"{self.path}" is no run\'s folder: it holds {others[0]}; choose another --output')
@@ -84,19 +94,32 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written.
         """
-        if not self._resume:
+        if not self._resume and self._writes:
             for old in (self.checkpoint, self.run / "log.jsonl"):
                 old.unlink(missing_ok=True)
             write_text(self.run / "config.yaml", config_yaml(self._config))
         self._begun = True
 
-    def log(self, values: dict[str, Any], *, write: bool = True) -> None:
+    def forget_after(self, step: int) -> None:
+        """Drop the log's lines of steps that a kill has lost, for they are taken again.
+
+        Raises:
+            OutputError: the log cannot be written.
+        """
+        path = self.run / "log.jsonl"
+        if self._writes and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            if len(kept) < len(lines):
+                write_text(path, "".join(line + "\n" for line in kept))
+
+    def log(self, values: dict[str, Any]) -> None:
         """Add a line to ``run/log.jsonl``.
 
         Raises:
             OutputError: it cannot be written.
         """
-        if write:
+        if self._writes:
             append_line(self.run / "log.jsonl", json.dumps(values))
 
     def _foreign_files(self) -> list[str]:

@@ -31,6 +31,7 @@ def summary(config: RunConfig, parts: Parts, progress: Progress, task: Task) -> 
         "dev_records": len(parts.dev),
         "dropped": parts.dropped,
         "cut": parts.cut,
+        "model": config.model.model_dump(mode="json", exclude={"name", "trust_remote_code"}),
         "data": config.data.train,
         "data_hash": parts.data_hash,
         "start": config.prompt.start.model_dump(mode="json", exclude_none=True),

@@ -23,10 +23,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ptune.assembly import Parts, assemble
+from ptune.assembly import Parts, assemble, read_records
 from ptune.backbone import Backbone
 from ptune.batch import length_grouped_batches, within_budget
 from ptune.checkpoint import Progress, load_checkpoint, random_state, save_checkpoint, set_random_state
+from ptune.comparison import compare_with_bare_model
 from ptune.config import RunConfig, TrainingConfig
 from ptune.data import Record
 from ptune.errors import ConfigError, MissingExtraError, TrainingError
@@ -34,6 +35,7 @@ from ptune.reporting import Reporter
 from ptune.run_folder import RunFolder
 from ptune.soft_prompt import SoftPrompt
 from ptune.summary import summary
+from ptune.template import Template
 
 _CONSTANT_SHARE = 0.98
 _DIVERGED = 2.0
@@ -71,17 +73,24 @@ def train(
         Stopped: by Ctrl-C or SIGTERM, after the step in hand; ``resume`` goes on.
     """
     reporter = reporter or Reporter()
-    with RunFolder(config, resume=resume, overwrite=overwrite) as folder:
-        accelerator = _accelerator(config, folder)
+    accelerator = _accelerator(config)
+    before = random_state()
+    with RunFolder(config, resume=resume, overwrite=overwrite, writes=accelerator.is_main_process) as folder:
+        if records is None:  # read before a model is loaded, which takes its time
+            records = read_records(config, Template.parse(config.prompt.template))
         if backbone is None:
             device = config.model.device if config.model.device != "auto" else str(accelerator.device)
             backbone = Backbone.load(config.model.model_copy(update={"device": device}))
         parts = assemble(config, backbone, records)
-        with parts.prompted:
-            folder.begin()
-            if config.training.trackers:
-                accelerator.init_trackers(folder.path.name)
-            return _Run(config, parts, accelerator, folder, reporter).finish()
+        try:
+            with parts.prompted, backbone.left_as_it_was():
+                folder.begin()
+                accelerator.wait_for_everyone()
+                if config.training.trackers:
+                    accelerator.init_trackers(folder.path.name)
+                return _Run(config, parts, accelerator, folder, reporter).finish()
+        finally:
+            set_random_state(before)
 
 
 class _Run:
@@ -113,6 +122,7 @@ class _Run:
         self.random_state = random_state()
         if folder.checkpoint.exists():
             self._resume()
+            folder.forget_after(self.progress.step)
 
     def _resume(self) -> None:
         self.progress, self.best_rows, self.random_state = load_checkpoint(
@@ -126,9 +136,11 @@ class _Run:
     def finish(self) -> SoftPrompt:
         """Train to the end and save the best soft prompt."""
         self.reporter.started(self.config, self.parts, self.schedule.total_steps, self.progress.step)
-        self._keep_contexts()
+        for note in self.parts.notes:
+            self.reporter.warned(note)
         with _stop_signal() as stop:
-            if self.progress.step == 0:
+            self._keep_contexts()
+            if not self.progress.history:
                 self._evaluate()
             self._steps(stop)
         if stop.is_set():
@@ -146,7 +158,7 @@ class _Run:
     def _steps(self, stop: threading.Event) -> None:
         settings, last_save = self.settings, time.monotonic()
         begun, seconds_before = time.monotonic(), self.progress.seconds
-        while self.progress.step < self.schedule.total_steps and not stop.is_set():
+        while self.progress.step < self.schedule.total_steps and not self._ends(stop):
             loss = self._step(self.progress.step)
             self.progress.step += 1
             self.progress.seconds = seconds_before + time.monotonic() - begun
@@ -160,11 +172,20 @@ class _Run:
             elif time.monotonic() - last_save >= 60 * settings.checkpoint_minutes:
                 self._checkpoint()
                 last_save = time.monotonic()
-            if settings.patience is not None and self.progress.evaluations_without_gain >= settings.patience:
-                self.reporter.stopped_early(self.progress.step, settings.patience)
-                break
         if stop.is_set():
             self._checkpoint()
+
+    def _ends(self, stop: threading.Event) -> bool:
+        """Whether the run ends before its last step: it was asked to, or the metric gets no better."""
+        if self.accelerator.num_processes > 1:  # all of them stop where one was asked to
+            asked = torch.tensor(float(stop.is_set()), device=self.accelerator.device)
+            if float(self.accelerator.reduce(asked, "sum")):
+                stop.set()
+        patience = self.settings.patience
+        if patience is not None and self.progress.evaluations_without_gain >= patience and not stop.is_set():
+            self.reporter.stopped_early(self.progress.step, patience)
+            return True
+        return stop.is_set()
 
     def _step(self, step: int) -> float:
         """Take one optimizer step and return its mean loss."""
@@ -224,7 +245,7 @@ class _Run:
         self.reporter.evaluated(progress.step, metrics, best=progress.best_step == progress.step)
         self._track(metrics)
         self._warn(metrics)
-        if self.settings.samples and progress.step:
+        if self.settings.samples and progress.step and self.task.renderer.template.fields:
             some = self.parts.dev[: self.settings.samples]
             answers = self.task.predict(self.prompted.backbone, some, batch_size=len(some))
             self.reporter.sampled(some, answers)
@@ -256,7 +277,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _track(self, values: dict[str, float]) -> None:
-        self.folder.log({"step": self.progress.step, **values}, write=self.accelerator.is_main_process)
+        self.folder.log({"step": self.progress.step, **values})
         if self.settings.trackers:
             self.accelerator.log(values, step=self.progress.step)
 
@@ -280,7 +301,10 @@ class _Run:
         if self.settings.trackers:
             self.accelerator.end_training()
         self.prompted.virtual_tokens.set_rows(self.prompted.first_virtual_id, rows.to(self.prompted.backbone.device))
-        self.reporter.finished(prompt, self.parts, self.progress)
+        comparison = compare_with_bare_model(self.parts)
+        self.reporter.finished(prompt, self.progress, comparison)
+        if comparison is not None and comparison.nothing_changed:
+            self.reporter.warned("the prompt changes no answer: train longer, or at another learning rate")
         return prompt
 
 
@@ -318,14 +342,14 @@ class StepPlan:
         return 1.0 if self._settings.schedule == "constant" else 1 - rest
 
 
-def _accelerator(config: RunConfig, folder: RunFolder) -> Accelerator:
+def _accelerator(config: RunConfig) -> Accelerator:
     settings = config.training
     try:
         accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
             cpu=config.model.device == "cpu",
             log_with=list(settings.trackers) or None,
-            project_dir=str(folder.run),
+            project_dir=str(config.output / "run"),
         )
     except ValueError as error:  # accelerate keeps one precision for the life of a process, and knows its trackers
         raise ConfigError(

@@ -87,7 +87,8 @@ class VirtualTokens:
     def _build_table(self) -> Tensor:
         # Several ranges, freed ones between them: rows stand densely, and a second table finds them by id.
         segments = self._segments
-        table = torch.cat(list(segments.values())) if len(segments) > 1 else next(iter(segments.values()))
+        with torch.enable_grad():  # the first to ask may be a pass without gradient, and the next one with
+            table = torch.cat(list(segments.values())) if len(segments) > 1 else next(iter(segments.values()))
         row_of_id = torch.full((self._next_id - self.vocabulary_size,), -1, dtype=torch.long)
         start = 0
         for first, rows in segments.items():

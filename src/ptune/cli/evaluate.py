@@ -8,12 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
 from ptune.errors import ConfigError
 
 Prompt = Annotated[Path, typer.Argument(help="Folder of a soft prompt.")]
-Model = Annotated[
-    str | None, typer.Option(help="The backbone's folder or Hub name, where it is not the one the prompt names.")
-]
 Fields = Annotated[
     list[str] | None, typer.Option("--field", help="Template field=column of the file; may be repeated.")
 ]
@@ -23,8 +21,13 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Records answered at once.")
 def evaluate(
     prompt: Prompt,
     data: Annotated[str, typer.Option(help="File, folder or Hub name of records with their answers.")],
-    split: Annotated[str, typer.Option(help="Which part of a folder or Hub name.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Which part of a folder or Hub name: test where there is one, or else dev.")
+    ] = None,
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     field: Fields = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
     batch_size: BatchSize = 32,
@@ -38,15 +41,18 @@ def evaluate(
     from rich.table import Table
 
     from ptune.cli.progress import format_value
-    from ptune.data import load_records
+    from ptune.data import has_split, load_records
     from ptune.engine import Engine
     from ptune.files import write_json
 
+    if split is None:
+        split = "test" if Path(data).is_file() or has_split(data, "test") else "dev"
     records = load_records(data, split=split, fields=column_mapping(field), limit=limit)
-    with Engine.for_prompt(prompt, model) as engine:
+    with Engine.for_prompt(prompt, model, **loading(device, dtype, trust_remote_code)) as engine:
         (name,) = engine.prompts
         metrics = engine.evaluate(name, records, batch_size=batch_size)
-    table = Table(title=f"{prompt} on {len(records):,} records of {data}")
+    part = "" if Path(data).is_file() else f" ({split})"
+    table = Table(title=f"{prompt} on {len(records):,} records of {data}{part}")
     for metric in metrics:
         table.add_column(metric, justify="right")
     table.add_row(*(format_value(metric, value) for metric, value in metrics.items()))
@@ -64,26 +70,29 @@ def predict(
     output: Annotated[Path | None, typer.Option(help="File of JSON lines; the terminal where absent.")] = None,
     split: Annotated[str, typer.Option(help="Which part of a folder or Hub name.")] = "test",
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     field: Fields = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
     batch_size: BatchSize = 32,
 ) -> None:
     """Answer records with a soft prompt, as JSON lines in the records' order.
 
-    DATA is a file, a folder or a Hub name; anything with a blank in it is taken as one text to answer.
+    DATA is a file, a folder or a Hub name (owner/name). What is none of these, nor looks like one, is a text to answer.
     """
     from ptune.cli.quiet import quiet
 
     quiet()
-    from ptune.data import load_records
+    from ptune.data import load_records, looks_like_a_source
     from ptune.engine import Engine
     from ptune.files import write_text
 
-    is_text = not Path(data).exists() and any(character.isspace() for character in data)
+    is_text = not (Path(data).exists() or looks_like_a_source(data))
     records: list[Any] = (
         [] if is_text else list(load_records(data, split=split, fields=column_mapping(field), limit=limit))
     )
-    with Engine.for_prompt(prompt, model) as engine:
+    with Engine.for_prompt(prompt, model, **loading(device, dtype, trust_remote_code)) as engine:
         (name,) = engine.prompts
         if is_text:
             records = [engine.first_field(name, data)]

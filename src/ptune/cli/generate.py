@@ -10,6 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from ptune.cli.evaluate import column_mapping
+from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
 from ptune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ def generate(
     field: Annotated[
         list[str] | None, typer.Option("--field", help="Another field=text of the template; may be repeated.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The backbone, where it is not the one the prompt names.")] = None,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     no_prompt: Annotated[
         bool, typer.Option("--no-prompt", help="The bare model, on the same template without virtual tokens.")
     ] = False,
@@ -50,7 +54,7 @@ def generate(
     from ptune.chat import Chat
     from ptune.engine import Engine
 
-    with Engine.for_prompt(prompt, model) as engine:
+    with Engine.for_prompt(prompt, model, **loading(device, dtype, trust_remote_code)) as engine:
         (name,) = engine.prompts
         loaded = engine.prompts[name]
         options = _options(

@@ -67,7 +67,8 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     for record in train[:count]:
         text = Text()
         for segment in task.renderer.preview(record, task.answer(record), end=end):
-            text.append(segment.text, style=_COLOURS[segment.kind])
+            marked = segment.kind == "answer" and not console.is_terminal  # a file shows no colours
+            text.append(f">>{segment.text}<<" if marked else segment.text, style=_COLOURS[segment.kind])
         row = task.renderer.row(record, task.answer(record), end=end)
         console.rule(f"[dim]{getattr(record, 'location', '')}", align="left")
         console.print(text)
@@ -97,22 +98,24 @@ def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "made by", ", ".join([encoder["type"], *settings])
     metric, before, after = (summary.get(name) for name in ("metric", "before", "after"))
     if metric and before and after:
-        yield (
-            "result",
-            f"{metric} {format_value(metric, before[metric])} -> {format_value(metric, after[metric])} on "
-            f"{summary['dev_records']} held-out records, step {summary['best_step']} of {summary['steps']}",
-        )
+        result = f"{metric} {format_value(metric, before[metric])} -> {format_value(metric, after[metric])}"
+        yield "result", result + _if_known(summary, " on {dev_records} held-out records, step {best_step} of {steps}")
     if "training" in summary:
-        yield (
-            "run",
-            f"{summary['train_examples']} examples of {summary['data']}, learning rate "
-            f"{summary['training']['learning_rate']:g}, seed {summary['training']['seed']}, {summary['seconds']:.0f} s",
-        )
+        run = _if_known(summary, "{train_examples} examples of {data}, {seconds} s")
+        rate = _if_known(summary["training"], ", learning rate {learning_rate:g}, seed {seed}")
+        yield "run", (run + rate).removeprefix(", ")
     if "imported" in summary:
         yield "imported", ", ".join(f"{name} {value}" for name, value in summary["imported"].items() if value)
     if "date" in summary:
         yield "date", summary["date"]
     yield "loads in PEFT", "yes" if described["loads_in_peft"] else "no"
+
+
+def _if_known(values: dict[str, Any], sentence: str) -> str:
+    try:
+        return sentence.format(**values)
+    except KeyError:  # written by hand, or imported
+        return ""
 
 
 def _inspect_prompt(folder: Path, model: str | None, count: int, *, as_json: bool) -> None:

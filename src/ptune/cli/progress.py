@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ptune.assembly import Parts
 from ptune.checkpoint import Progress as RunProgress
-from ptune.comparison import compare_with_bare_model
+from ptune.comparison import Comparison
 from ptune.config import RunConfig
 from ptune.filling import field_text
 from ptune.reporting import Reporter
@@ -98,7 +98,7 @@ class ProgressReporter(Reporter):
         """Say why it ended before its time."""
         self.console.print(f"stopped at step {step}: no better for {patience} evaluations")
 
-    def finished(self, prompt: SoftPrompt, parts: Parts, progress: RunProgress) -> None:
+    def finished(self, prompt: SoftPrompt, progress: RunProgress, comparison: Comparison | None) -> None:
         """Say what was gained, how answers differ from the bare model's, and what to do next."""
         self._bar.stop()
         assert self._config is not None
@@ -108,13 +108,11 @@ class ProgressReporter(Reporter):
         self.console.print(
             f"[bold]{metric} {before} -> {after}[/] (step {summary['best_step']}), {summary['seconds']:.0f} s"
         )
-        comparison = compare_with_bare_model(parts)
-        self.console.print(
-            f"with and without the prompt, {comparison.changed} of {comparison.total} held-out answers differ"
-        )
-        if comparison.changed == 0:
-            self.warned("the prompt changes no answer: train longer, or at another learning rate")
-        if comparison.off_task is not None:
+        if comparison is not None:
+            changed = f"{comparison.changed} of {comparison.total} held-out answers differ"
+            shift = "" if comparison.shift is None else f"; probabilities move by {comparison.shift:.2f} on average"
+            self.console.print(f"with and without the prompt, {changed}{shift}")
+        if comparison is not None and comparison.off_task is not None:
             question, bare, tuned = comparison.off_task
             self.console.print(f'off task: "{escape(question)}"')
             self.console.print(f"  bare model   {escape(shorten(bare, 90))}")

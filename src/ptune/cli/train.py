@@ -36,7 +36,7 @@ def train(
     """Train a soft prompt, or several in turn on one loaded model: `ptune train A.yaml B.yaml`.
 
     Any setting of the file can be given by its name, as in `--training.learning_rate 0.003` or, where the last part is
-    unique, `--learning-rate 0.003`.
+    unique, `--learning-rate 0.003`; docs/configuration.md lists them all.
     """
     from ptune.cli.quiet import quiet
     from ptune.config_file import load_config, parse_overrides
