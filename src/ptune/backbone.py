@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +27,12 @@ from ptune.config import ModelConfig
 from ptune.context_cache import ContextCache
 from ptune.encoder_decoder import decoder_start, split_rows
 from ptune.errors import BackboneError
-from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of
+from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of, may_pack
 from ptune.fingerprint import fingerprint, same_backbone, sampled_ids
 from ptune.loading import check_folder, check_tokenizer, find_device, first_position, quantization_config
 from ptune.losses import next_token_labels, summed_loss
+from ptune.output_head import OutputHead
+from ptune.packed_attention import Packing, packed_attention
 from ptune.plans import Plans, context_of
 from ptune.virtual_tokens import VirtualTokens, input_embedding, input_matrix
 
@@ -48,6 +50,7 @@ class Backbone:
         vocabulary_size: V, rows of the input matrix; never the tokenizer's length, which may be smaller.
         hidden_size: H, width of the input matrix.
         context_limit: most positions the model takes, virtual tokens included; None where it sets none (BLOOM).
+        head: its output head.
         plans: how its forward passes are carried out.
         plan: ``auto`` for the cheapest that gives the same numbers, ``reference`` for the plain one.
     """
@@ -74,7 +77,9 @@ class Backbone:
         if tokenizer is not None:
             check_tokenizer(tokenizer, self.vocabulary_size, self.kind, name)
         self._cached_length = cached_length(model.config) if self.kind is CAUSAL else 0
-        self.plans = Plans(self._run, self.vocabulary_size, lambda: self.device)
+        packs = self.kind is CAUSAL and may_pack(model.config)
+        self.plans = Plans(self._run, self.vocabulary_size, lambda: self.device, may_pack=packs)
+        self.head = OutputHead(model)
         self.plan: Literal["auto", "reference"] = "auto"
         _self_test(self)
 
@@ -155,7 +160,13 @@ class Backbone:
             arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0) + self._first_position
         return arguments
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
         """Return the logits of the next token; a masked model's are those of the place itself.
 
         Args:
@@ -163,23 +174,41 @@ class Backbone:
             attention_mask: ``[B, T]`` int64.
             positions: ``[B, T]`` bool, after which tokens to predict (at which, for a masked model); None for all. An
                 encoder-decoder reads each row up to its first position and writes from there.
+            columns: ``[C]`` int64, the tokens whose logits are wanted; None for all.
 
         Returns:
-            ``[N, V]`` for the N chosen positions in row order, ``[B, T, V]`` for all; the backbone's dtype.
+            ``[N, V]`` for the N chosen positions in row order, ``[B, T, V]`` for all, with C in place of V where there
+            are columns; the backbone's dtype.
 
         Raises:
             BackboneError: an encoder-decoder is asked for all positions.
         """
+        if columns is None:
+            return self._outputs(input_ids, attention_mask, positions)
+        if positions is not None and self._may_withhold:
+            return self.head.logits(self._outputs(input_ids, attention_mask, positions, states=True), columns)
+        logits = self._outputs(input_ids, attention_mask, positions)
+        return logits[..., columns.to(logits.device)]
+
+    @property
+    def _may_withhold(self) -> bool:
+        """Whether hidden states will do in place of logits."""
+        return self.plan != "reference" and self.head.plain
+
+    def _outputs(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None, *, states: bool = False
+    ) -> Tensor:
+        """Return logits as `logits` does, or the hidden states ``[N, H]`` that the head would read."""
         if self.model.training:
             self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         positions = None if positions is None else positions.to(self.device)
         if positions is not None and self._may_plan(input_ids.shape[1]):
-            return self.plans.logits(input_ids, attention_mask, positions)
+            return self.plans.outputs(input_ids, attention_mask, positions, states=states)
         arguments, positions = self._arguments(input_ids, attention_mask, positions)
-        with _head_at(self.model, positions), _recomputing(self._recomputed):
+        with self.head.at(positions, withhold=states) as withheld, _recomputing(self._recomputed):
             logits: Tensor = self.model(**arguments).logits
-        return logits
+        return withheld[0] if states else logits
 
     def keep_contexts(self, rows: Iterable[Sequence[int]], budget: int) -> ContextCache:
         """Run what stands before the first virtual token of rows once, where a plan will read it again and again.
@@ -213,14 +242,19 @@ class Backbone:
         past: DynamicCache | None = None,
         *,
         keep: bool = False,
+        states: bool = False,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, DynamicCache | None]:
         """Run the model on what follows ``past``: what `Plans` are made of; see `ptune.plans.Run`."""
         arguments: dict[str, Any] = self.inputs(input_ids, attention_mask)
-        if "position_ids" in arguments:
+        if packing is not None:
+            arguments |= {"position_ids": packing.places + self._first_position, "packing": packing}
+        elif "position_ids" in arguments:
             arguments["position_ids"] = arguments["position_ids"][:, -input_ids.shape[1] :]
-        with _head_at(self.model, positions):
+        attention = nullcontext() if packing is None else packed_attention(self.model.config)
+        with attention, self.head.at(positions, withhold=states) as withheld:
             output = self.model(**arguments, past_key_values=past, use_cache=keep)
-        return output.logits, output.past_key_values if keep else None
+        return withheld[0] if states else output.logits, output.past_key_values if keep else None
 
     def _arguments(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None
@@ -242,6 +276,7 @@ class Backbone:
         *,
         labels: Tensor | None = None,
         positions: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """Return the summed loss for ``labels``, or else logits: what a task asks of a model, trained or not.
 
@@ -250,15 +285,19 @@ class Backbone:
             attention_mask: ``[B, T]`` int64, 0 at pads, which may stand on either side.
             labels: ``[B, T]`` int64, the id itself at supervised positions, `IGNORED` elsewhere.
             positions: ``[B, T]`` bool, as in `logits`; without labels only.
+            columns: ``[C]`` int64, as in `logits`; without labels only.
 
         Returns:
             With labels, the cross-entropy summed over supervised tokens, a scalar in float32 (float64 where the
             backbone is): divide it by their number, or by that of a whole accumulation window. Else `logits`.
         """
         if labels is None:
-            return self.logits(input_ids, attention_mask, positions)
+            return self.logits(input_ids, attention_mask, positions, columns)
         wanted = labels if self.kind is MASKED else next_token_labels(labels)
         supervised = wanted != IGNORED
+        if self._may_withhold:
+            states = self._outputs(input_ids, attention_mask, supervised, states=True)  # [N, H]
+            return self.head.loss(states, wanted[supervised])
         logits = self.logits(input_ids, attention_mask, supervised)  # [N, V]
         return summed_loss(logits, wanted[supervised].to(logits.device))
 
@@ -305,27 +344,6 @@ class Backbone:
     def identity(self) -> str:
         """Return a short hexadecimal name of the fingerprint, for keys and messages."""
         return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _head_at(model: PreTrainedModel, positions: Tensor | None) -> Iterator[None]:
-    """Let the output head see only the hidden states at ``positions`` ([B, T] bool), while the block runs.
-
-    The model applies its scale and soft cap after the head, to what the head gives, so nothing else need be known.
-    """
-    head = model.get_output_embeddings()
-    if positions is None or head is None:
-        yield
-        return
-
-    def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (arguments[0][positions], *arguments[1:])  # [B, T, H] -> [N, H]
-
-    hook = head.register_forward_pre_hook(narrow)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -379,6 +397,7 @@ def _self_test(backbone: Backbone) -> None:
             arguments["inputs_embeds"] = input_embedding(model)(arguments.pop("input_ids"))
             by_embeddings = model(**arguments).logits
             by_embeddings = by_embeddings if places is None else by_embeddings[places]
+        backbone.head.examine(lambda: model(**arguments).logits)
     except (IndexError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise BackboneError(f"{family} cannot carry virtual tokens: {' '.join(str(error).split())[:200]}") from error
     finally:

@@ -81,12 +81,13 @@ class PromptedModel(nn.Module):
         *,
         labels: Tensor | None = None,
         positions: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """Run the backbone with the present virtual tokens: the interface and results of `Backbone.__call__`."""
         rows = self.rows()
         self.virtual_tokens.set_rows(self.first_virtual_id, rows)
         try:
-            return self.backbone(input_ids, attention_mask, labels=labels, positions=positions)
+            return self.backbone(input_ids, attention_mask, labels=labels, positions=positions, columns=columns)
         finally:
             # Else the backward pass of another prompted model on this backbone would go through the graph of this
             # one's rows, which is freed by then.
