@@ -71,6 +71,7 @@ class Plans:
         contexts: keys and values of contexts that are kept; empty until `prepare`.
         last: the plan of the latest pass.
         why: what it was chosen for, in a few words.
+        may_pack: whether packed rows may be chosen, where they give the same numbers.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class Plans:
             device: where it is.
             may_pack: whether its attention layers can read packed rows; tried once before it is believed.
         """
-        self._run, self._vocabulary_size, self._device, self._may_pack = run, vocabulary_size, device, may_pack
+        self._run, self._vocabulary_size, self._device = run, vocabulary_size, device
+        self.may_pack = may_pack
         self.contexts = ContextCache(0)
         self.last: PlanName = "reference"
         self.why = "nothing has run yet"
@@ -105,7 +107,7 @@ class Plans:
         shared = prefix - 1 if len(input_ids) > 1 and prefix > 1 and not bool(positions[:, : prefix - 1].any()) else 0
         pads = padding_share(attention_mask[:, shared:])
         if shared:
-            if pads >= _LEAST_PADDING and self._packs:
+            if pads >= _LEAST_PADDING and self.may_pack and self._packs:
                 self._note("packed rows", f"{prefix} virtual tokens open every row, and {pads:.0%} would be padding")
                 return self._packed_rows(run, input_ids, attention_mask, positions, shared)
             self._note("shared prefix", f"{prefix} virtual tokens open every row")
@@ -116,7 +118,7 @@ class Plans:
             if not bool((positions & before).any()):
                 self._note("frozen context", f"{float(lengths.float().mean()):.0f} tokens stand before the prompt")
                 return self._frozen_context(run, input_ids, attention_mask, positions, lengths)
-        if pads >= _LEAST_PADDING and self._packs:
+        if pads >= _LEAST_PADDING and self.may_pack and self._packs:
             self._note("packed rows", f"{pads:.0%} would be padding")
             return self._packed_rows(run, input_ids, attention_mask, positions, 0)
         self._note("reference", "rows share nothing, and little is padding" if len(input_ids) > 1 else "one row")
@@ -175,7 +177,7 @@ class Plans:
     @functools.cached_property
     def _packs(self) -> bool:
         """Whether packed rows give the model's own numbers, tried once on a few tokens."""
-        if not self._may_pack or self._device().type != "cpu":  # elsewhere a batch may well be cheaper than many rows
+        if self._device().type != "cpu":  # elsewhere a padded batch may well be cheaper than many rows one by one
             return False
         words = torch.arange(12, device=self._device()).remainder(self._vocabulary_size)
         ids = torch.stack([words, words.roll(3)])
