@@ -71,7 +71,9 @@ class PeftPeer:
         optimizer.zero_grad()
         return loss.item()
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, *, positions: Tensor, columns: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, *, positions: Tensor, columns: Tensor | None = None
+    ) -> Tensor:
         """Return the logits ``[N, V]`` after the tokens at ``positions`` ([B, T] bool), the virtual tokens in front.
 
         Those of ``columns`` ([C] int64) alone where they are given.

@@ -1,4 +1,4 @@
-"""The output head: a loss without logits, a few words' logits without the rest, and no head taken for what it is not."""
+"""The output head: a loss without logits, some words' logits without the rest, and no head taken for another."""
 
 from __future__ import annotations
 

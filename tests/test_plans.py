@@ -143,9 +143,7 @@ def test_the_attention_setting_is_undone_after_an_error_too() -> None:
             loss_and_gradients(prompted, "auto", data)
         hook.remove()
         assert model.config._attn_implementation == before
-        assert_same(
-            loss_and_gradients(prompted, "auto", data), loss_and_gradients(prompted, "reference", data), 1e-9
-        )
+        assert_same(loss_and_gradients(prompted, "auto", data), loss_and_gradients(prompted, "reference", data), 1e-9)
 
 
 def test_a_model_whose_attention_knows_no_packing_never_packs() -> None:

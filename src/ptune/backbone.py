@@ -203,8 +203,10 @@ class Backbone:
             self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         positions = None if positions is None else positions.to(self.device)
-        if positions is not None and self._may_plan(input_ids.shape[1]):
+        hindrance = "logits of all positions are wanted" if positions is None else self._hindrance(input_ids.shape[1])
+        if positions is not None and hindrance is None:
             return self.plans.outputs(input_ids, attention_mask, positions, states=states)
+        self.plans.note("reference", str(hindrance))
         arguments, positions = self._arguments(input_ids, attention_mask, positions)
         with self.head.at(positions, withhold=states) as withheld, _recomputing(self._recomputed):
             logits: Tensor = self.model(**arguments).logits
@@ -220,19 +222,22 @@ class Backbone:
         Returns:
             What is kept: nothing where only the reference plan gives the same numbers.
         """
-        planned = [ids for ids in rows if self._may_plan(len(ids)) and not self._recomputed]
+        planned = [ids for ids in rows if self._hindrance(len(ids)) is None and not self._recomputed]
         contexts = (context_of(ids, self.vocabulary_size) for ids in planned)
         self.plans.prepare([ids for ids in contexts if ids], budget)
         return self.plans.contexts
 
-    def _may_plan(self, tokens: int) -> bool:
-        """Whether other plans than the reference give the same numbers for rows of so many tokens.
-
-        A layer that recomputes drops its cache.
-        """
-        if self.plan == "reference" or (self._recomputed and torch.is_grad_enabled()):
-            return False
-        return self._cached_length is None or tokens <= self._cached_length
+    def _hindrance(self, tokens: int) -> str | None:
+        """Return what forbids other plans than the reference for rows of so many tokens; None where nothing does."""
+        if self.plan == "reference":
+            return "training.plan says so"
+        if self._recomputed and torch.is_grad_enabled():
+            return "layers that recompute their activations drop their cache"
+        if self._cached_length == 0:
+            return f"no other is known to give the same numbers for {type(self.model).__name__}"
+        if self._cached_length is not None and tokens > self._cached_length:
+            return f"rows are longer than the {self._cached_length} tokens that attention sees"
+        return None
 
     def _run(
         self,

@@ -43,7 +43,9 @@ def summed_linear_loss(states: Tensor, matrix: Tensor, bias: Tensor | None, labe
     Returns:
         A scalar in float32, or float64 where the states are.
     """
-    loss: Tensor = _SummedLinearLoss.apply(states, matrix, bias, labels, states.requires_grad and torch.is_grad_enabled())
+    loss: Tensor = _SummedLinearLoss.apply(
+        states, matrix, bias, labels, states.requires_grad and torch.is_grad_enabled()
+    )
     return loss
 
 

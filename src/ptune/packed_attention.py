@@ -83,8 +83,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Return what each token reads, ``[1, T, G, D]``; transformers calls it in every attention layer.
 
-    Rows are attended to one by one: they need no padding, and nothing as large as ``T x T`` is ever made. Measured on a
-    processor, that takes half the time of rows padded to one batch, and a fifth of one sequence under a mask.
+    Rows are attended to one by one: they need no padding, and nothing as large as ``T x T`` is ever made. On a
+    processor this was the fastest of the ways tried (docs/performance.md).
 
     Args:
         module: the layer.

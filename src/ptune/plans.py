@@ -91,9 +91,7 @@ class Plans:
         self.last: PlanName = "reference"
         self.why = "nothing has run yet"
 
-    def outputs(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, *, states: bool = False
-    ) -> Tensor:
+    def outputs(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, *, states: bool = False) -> Tensor:
         """Return the logits after positions, ``[N, V]``, by the cheapest plan that gives them.
 
         Args:
@@ -108,23 +106,24 @@ class Plans:
         pads = padding_share(attention_mask[:, shared:])
         if shared:
             if pads >= _LEAST_PADDING and self.may_pack and self._packs:
-                self._note("packed rows", f"{prefix} virtual tokens open every row, and {pads:.0%} would be padding")
+                self.note("packed rows", f"{prefix} virtual tokens open every row, and {pads:.0%} would be padding")
                 return self._packed_rows(run, input_ids, attention_mask, positions, shared)
-            self._note("shared prefix", f"{prefix} virtual tokens open every row")
+            self.note("shared prefix", f"{prefix} virtual tokens open every row")
             return self._shared_prefix(run, input_ids, attention_mask, positions, shared)
         lengths = context_lengths(input_ids, attention_mask, self._vocabulary_size)
         if lengths is not None and float(lengths.float().mean()) >= _SHORTEST_CONTEXT:
             before = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
             if not bool((positions & before).any()):
-                self._note("frozen context", f"{float(lengths.float().mean()):.0f} tokens stand before the prompt")
+                self.note("frozen context", f"{float(lengths.float().mean()):.0f} tokens stand before the prompt")
                 return self._frozen_context(run, input_ids, attention_mask, positions, lengths)
         if pads >= _LEAST_PADDING and self.may_pack and self._packs:
-            self._note("packed rows", f"{pads:.0%} would be padding")
+            self.note("packed rows", f"{pads:.0%} would be padding")
             return self._packed_rows(run, input_ids, attention_mask, positions, 0)
-        self._note("reference", "rows share nothing, and little is padding" if len(input_ids) > 1 else "one row")
+        self.note("reference", "rows share nothing, and little is padding" if len(input_ids) > 1 else "one row")
         return run(input_ids, attention_mask, positions)[0]
 
-    def _note(self, plan: PlanName, why: str) -> None:
+    def note(self, plan: PlanName, why: str) -> None:
+        """Remember by which plan the latest pass went, and why."""
         self.last, self.why = plan, why
 
     def prepare(self, contexts: Sequence[Sequence[int]], budget: int) -> None:
