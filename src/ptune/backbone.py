@@ -6,19 +6,17 @@ H width, V rows of the input matrix.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -34,6 +32,7 @@ from ptune.losses import next_token_labels, summed_loss
 from ptune.output_head import OutputHead
 from ptune.packed_attention import Packing, packed_attention
 from ptune.plans import Plans, context_of
+from ptune.recomputation import recompute_layers, recomputing
 from ptune.virtual_tokens import VirtualTokens, input_embedding, input_matrix
 
 MINI = Path(__file__).parent / "mini"
@@ -208,7 +207,7 @@ class Backbone:
             return self.plans.outputs(input_ids, attention_mask, positions, states=states)
         self.plans.note("reference", str(hindrance))
         arguments, positions = self._arguments(input_ids, attention_mask, positions)
-        with self.head.at(positions, withhold=states) as withheld, _recomputing(self._recomputed):
+        with self.head.at(positions, withhold=states) as withheld, recomputing(self._recomputed):
             logits: Tensor = self.model(**arguments).logits
         return withheld[0] if states else logits
 
@@ -315,14 +314,7 @@ class Backbone:
         Raises:
             BackboneError: the family's layers cannot do it.
         """
-        self._recomputed = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if not self._recomputed:
-            family = type(self.model).__name__
-            raise BackboneError(f"{family} has no layers that can be recomputed; turn gradient checkpointing off")
-        for layer in self._recomputed:
-            layer.gradient_checkpointing = True
-            recompute = functools.partial(_checkpoint, layer, {"use_reentrant": False} | settings)
-            layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
+        self._recomputed = recompute_layers(self.model, {"use_reentrant": False} | settings)
 
     @contextmanager
     def left_as_it_was(self) -> Iterator[None]:
@@ -349,29 +341,6 @@ class Backbone:
     def identity(self) -> str:
         """Return a short hexadecimal name of the fingerprint, for keys and messages."""
         return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _recomputing(layers: list[GradientCheckpointingLayer]) -> Iterator[None]:
-    """Let a forward pass with gradient recompute ``layers``, which look at their own ``training`` flag for that.
-
-    Generation must find it off, for a layer that recomputes drops its cache.
-    """
-    if not torch.is_grad_enabled():
-        yield
-        return
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-
-
-def _checkpoint(layer: nn.Module, settings: dict[str, Any], function: Callable[..., Any], *arguments: Any) -> Any:
-    layer.training = False  # it has asked for the recomputation; inside, the same flag would switch OPT's dropout on
-    return checkpoint(function, *arguments, **settings)
 
 
 def _self_test(backbone: Backbone) -> None:

@@ -73,7 +73,7 @@ class _SummedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, outer: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(context: Any, outer: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = context.saved_tensors
         return gradient * outer, None, None, None, None
 

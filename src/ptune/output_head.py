@@ -46,7 +46,8 @@ class OutputHead:
         Returns:
             A list, which then holds the hidden states at the positions, ``[N, H]``, where they are withheld.
         """
-        head, taken = self._model.get_output_embeddings(), []
+        head = self._model.get_output_embeddings()
+        taken: list[Tensor] = []
         if positions is None or head is None:
             yield taken
             return
@@ -100,9 +101,10 @@ class OutputHead:
         head = self._tried
         return (
             head is not None
+            and self._matrix is not None
             and self._model.get_output_embeddings() is head
             and head.weight is self._matrix  # else somebody has cut it in parts since, or put another in its place
-            and not head.weight.requires_grad
+            and not self._matrix.requires_grad
         )
 
     def logits(self, states: Tensor, columns: Tensor) -> Tensor:
