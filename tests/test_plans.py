@@ -131,6 +131,19 @@ def test_packed_rows_may_be_padded_on_the_left_and_read_anywhere(family: str) ->
         assert torch.allclose(left[left_mask.bool()], right[mask.bool()], rtol=1e-9, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_positions_at_pads_keep_their_place_in_the_answer(name: str) -> None:
+    with prompted_model("llama") as prompted:
+        ids, mask, _ = batch(prompted, SHAPES[name][1])
+        positions = torch.zeros_like(mask, dtype=torch.bool)
+        positions[:, -1] = True  # a pad in all rows but the first
+        found = prompted(ids, mask, positions=positions)
+        prompted.backbone.plan = "reference"
+        expected = prompted(ids, mask, positions=positions)
+        assert found.shape == expected.shape
+        assert torch.allclose(found[0], expected[0], rtol=1e-9)
+
+
 def test_the_attention_setting_is_undone_after_an_error_too() -> None:
     with prompted_model("llama") as prompted:
         model, data = prompted.backbone.model, batch(prompted, SHAPES["in front"][1])

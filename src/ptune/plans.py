@@ -103,7 +103,10 @@ class Plans:
         run = functools.partial(self._run, states=states)
         prefix = shared_prefix_length(input_ids, attention_mask, self._vocabulary_size)
         shared = prefix - 1 if len(input_ids) > 1 and prefix > 1 and not bool(positions[:, : prefix - 1].any()) else 0
-        pads = padding_share(attention_mask[:, shared:])
+        real = not bool(
+            (positions & ~attention_mask.bool()).any()
+        )  # else pads are asked for, which have no numbers here
+        pads = padding_share(attention_mask[:, shared:]) if real else 0.0
         if shared:
             if pads >= _LEAST_PADDING and self.may_pack and self._packs:
                 self.note("packed rows", f"{prefix} virtual tokens open every row, and {pads:.0%} would be padding")
@@ -113,7 +116,7 @@ class Plans:
         lengths = context_lengths(input_ids, attention_mask, self._vocabulary_size)
         if lengths is not None and float(lengths.float().mean()) >= _SHORTEST_CONTEXT:
             before = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-            if not bool((positions & before).any()):
+            if real and not bool((positions & before).any()):
                 self.note("frozen context", f"{float(lengths.float().mean()):.0f} tokens stand before the prompt")
                 return self._frozen_context(run, input_ids, attention_mask, positions, lengths)
         if pads >= _LEAST_PADDING and self.may_pack and self._packs:
