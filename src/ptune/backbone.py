@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ptune.batch import IGNORED
 from ptune.config import ModelConfig
 from ptune.context_cache import ContextCache
+from ptune.deep_prompts import logits_behind, mask_from_both_sides
 from ptune.encoder_decoder import decoder_start, split_rows
 from ptune.errors import BackboneError
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of
@@ -32,7 +33,7 @@ from ptune.fingerprint import fingerprint, same_backbone, sampled_ids
 from ptune.loading import check_folder, check_tokenizer, find_device, first_position, quantization_config
 from ptune.losses import next_token_labels, summed_loss
 from ptune.plans import Plans, context_of
-from ptune.virtual_tokens import VirtualTokens, input_embedding, input_matrix
+from ptune.virtual_tokens import VirtualTokens, deep_prompts_of, input_embedding, input_matrix
 
 MINI = Path(__file__).parent / "mini"
 """Folder of `ptune-mini`, the model that comes with ptune."""
@@ -174,6 +175,9 @@ class Backbone:
             self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         positions = None if positions is None else positions.to(self.device)
+        if (deep := deep_prompts_of(self.model).opening(input_ids)) is not None:
+            deep.check(input_ids.shape[1], self._cached_length, bool(self._recomputed))
+            return logits_behind(deep, self._run, input_ids, attention_mask, positions, self.dtype)
         if positions is not None and self._may_plan(input_ids.shape[1]):
             return self.plans.logits(input_ids, attention_mask, positions)
         arguments, positions = self._arguments(input_ids, attention_mask, positions)
@@ -218,6 +222,8 @@ class Backbone:
         arguments: dict[str, Any] = self.inputs(input_ids, attention_mask)
         if "position_ids" in arguments:
             arguments["position_ids"] = arguments["position_ids"][:, -input_ids.shape[1] :]
+        if past is not None and self.kind is MASKED:
+            arguments["attention_mask"] = mask_from_both_sides(attention_mask, input_ids.shape[1], self.dtype)
         with _head_at(self.model, positions):
             output = self.model(**arguments, past_key_values=past, use_cache=keep)
         return output.logits, output.past_key_values if keep else None

@@ -140,6 +140,9 @@ def _inspect_prompt(folder: Path, model: str | None, count: int, *, as_json: boo
     for name, value in _facts(prompt.describe()):
         facts.add_row(f"[bold]{name}", escape(value))
     console.print(facts)
+    if prompt.deep is not None:
+        console.print("[dim]A deep prompt is keys and values at every layer, to which no words are near.[/]")
+        return
     try:
         backbone = Backbone.load(model or prompt.backbone_name)
     except BackboneError as error:
