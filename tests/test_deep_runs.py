@@ -156,8 +156,11 @@ def test_prefix_tuning_of_pefts_is_imported_and_answers_as_in_peft(
     with torch.no_grad():
         expected, found = theirs(input_ids=ids).logits[0], backbone.logits(behind, torch.ones_like(behind), places)
     assert torch.allclose(found, expected, atol=1e-5)
-    with pytest.raises((SoftPromptError, BackboneError), match="keys and values of 2 layers"):
-        import_peft(tmp_path, backbone=backbone_of("llama"), template=prompt.template, task=GenerationConfig())
+    if family == "bloom":  # whose shape is GPT-2's
+        return
+    with pytest.raises(SoftPromptError, match="keys and values of 2 layers"):
+        other = backbone_of("llama" if family == "gpt2" else "gpt2")
+        import_peft(tmp_path, backbone=other, template=prompt.template, task=GenerationConfig())
 
 
 class Listener(Reporter):
