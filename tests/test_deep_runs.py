@@ -158,8 +158,8 @@ def test_prefix_tuning_of_pefts_is_imported_and_answers_as_in_peft(
     assert torch.allclose(found, expected, atol=1e-5)
     if family == "bloom":  # whose shape is GPT-2's
         return
+    other = backbone_of("llama" if family == "gpt2" else "gpt2")
     with pytest.raises(SoftPromptError, match="keys and values of 2 layers"):
-        other = backbone_of("llama" if family == "gpt2" else "gpt2")
         import_peft(tmp_path, backbone=other, template=prompt.template, task=GenerationConfig())
 
 
@@ -302,7 +302,7 @@ def test_the_command_line_trains_scores_uses_and_looks_into_one(tmp_path: Path) 
     answer = json.loads(run("predict", tmp_path / "prompt", "the soup was great").stdout)
     assert answer["label"] in ("positive", "negative")
     shown = run("inspect", tmp_path / "prompt").stdout
-    assert "head_width" in shown
+    assert "at each of 2 layers, as keys and values of 2 heads 8 wide" in shown
     assert "A deep prompt is keys and values at every layer" in shown
     refused = run("train", tmp_path / "deep.yaml", "--gradient-checkpointing", "true", "--overwrite", code=2)
     assert "turn one of the two off" in refused.stderr

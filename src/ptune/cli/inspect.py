@@ -92,6 +92,12 @@ def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{described['virtual_tokens']} of width {described['width']}, norms {norms['least']:.2g} to "
         f"{norms['greatest']:.2g}",
     )
+    if deep := described["deep"]:
+        yield (
+            "deep prompt",
+            f"at each of {deep['layers']} layers, as keys and values of {deep['heads']} heads "
+            f"{deep['head_width']} wide",
+        )
     encoder = described["encoder"]
     if encoder is not None:
         settings = (f"{name} {value}" for name, value in encoder.items() if name != "type" and value is not None)
