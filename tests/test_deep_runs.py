@@ -27,6 +27,7 @@ from ptune.data import Record
 from ptune.deep_start import keys_and_values_of
 from ptune.engine import Engine
 from ptune.errors import BackboneError, ConfigError, SoftPromptError, TemplateError
+from ptune.peft_format import read_peft_adapter
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt, import_peft
 from ptune.training import Stopped, train
@@ -161,6 +162,16 @@ def test_prefix_tuning_of_pefts_is_imported_and_answers_as_in_peft(
     other = backbone_of("llama" if family == "gpt2" else "gpt2")
     with pytest.raises(SoftPromptError, match="keys and values of 2 layers"):
         import_peft(tmp_path, backbone=other, template=prompt.template, task=GenerationConfig())
+
+
+def test_an_adapter_that_does_not_say_its_shape_is_refused(tmp_path: Path) -> None:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(tiny_model("gpt2"), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"num_layers": None}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(SoftPromptError, match="expected num_layers, .* and holds None, 4, 32; load the adapter"):
+        read_peft_adapter(tmp_path)
 
 
 class Listener(Reporter):

@@ -92,20 +92,26 @@ class DeepPrompts:
         Raises:
             BackboneError: it stands elsewhere than in front, not whole, or in some rows only.
         """
-        for first, prompt in self._prompts.items():
-            count = len(prompt.rows)
-            within = (input_ids >= first) & (input_ids < first + count)
-            if not bool(within.any()):
-                continue
-            opens = bool((input_ids[:, :count] == within.new_ones(count).cumsum(0) + (first - 1)).all())
-            if not opens or int(within.sum()) != count * len(input_ids):
-                raise BackboneError(
-                    "a deep prompt's virtual tokens stand once, whole and in front of everything, pads included, and "
-                    "in every row of a batch alike; some rows of this batch have them elsewhere or not at all, so pad "
-                    "on the right, and give rows of other prompts in batches of their own"
-                )
-            return prompt
-        return None
+        if not self._prompts:
+            return None
+        firsts = sorted(self._prompts)
+        starts = torch.tensor(firsts, device=input_ids.device)
+        ends = starts + torch.tensor([len(self._prompts[first].rows) for first in firsts], device=starts.device)
+        range_of = torch.searchsorted(starts, input_ids, right=True) - 1  # [B, T], -1 below all ranges
+        within = (range_of >= 0) & (input_ids < ends[range_of])
+        if not bool(within.any()):
+            return None
+        first = int(input_ids[0, 0])
+        if (prompt := self._prompts.get(first)) is not None:
+            own = torch.arange(first, first + len(prompt.rows), device=starts.device)
+            in_front = bool((input_ids[:, : len(own)] == own).all()) if len(own) <= input_ids.shape[1] else False
+            if in_front and int(within.sum()) == len(own) * len(input_ids):
+                return prompt
+        raise BackboneError(
+            "a deep prompt's virtual tokens stand once, whole and in front of everything, pads included, and in every "
+            "row of a batch alike; some rows of this batch have them elsewhere or not at all, so pad on the right, and "
+            "give rows of other prompts in batches of their own"
+        )
 
 
 def logits_behind(

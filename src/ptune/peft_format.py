@@ -92,11 +92,21 @@ def write_peft_adapter(
 
 
 def key_value_shape(config: Mapping[str, Any]) -> KeyValueShape | None:
-    """Return how keys and values lie in the rows of a prefix-tuning adapter; None for other adapters."""
+    """Return how keys and values lie in the rows of a prefix-tuning adapter; None for other adapters.
+
+    Raises:
+        SoftPromptError: its config does not say.
+    """
     if config.get("peft_type") != "PREFIX_TUNING":
         return None
-    heads = config["num_attention_heads"]
-    return KeyValueShape(config["num_layers"], heads, config["token_dim"] // heads)
+    names = ("num_layers", "num_attention_heads", "token_dim")
+    layers, heads, width = (config.get(name) for name in names)
+    if not all(isinstance(number, int) and number > 0 for number in (layers, heads, width)):
+        raise SoftPromptError(
+            f"{ADAPTER_CONFIG} of prefix tuning expected {', '.join(names)}, and holds {layers}, {heads}, {width}; "
+            "load the adapter in PEFT and save it again, which writes them"
+        )
+    return KeyValueShape(int(layers), int(heads), int(width) // int(heads))
 
 
 def remove_peft_adapter(folder: str | Path) -> None:
@@ -163,7 +173,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if kind not in _READABLE_TYPES:
         raise SoftPromptError(
             f'"{folder}" is an adapter of type {kind}, and only virtual tokens can be imported: '
-            f"{' or '.join(_READABLE_TYPES)}"
+            f"{', '.join(_READABLE_TYPES[:-1])} or {_READABLE_TYPES[-1]}"
         )
     if task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise SoftPromptError(
