@@ -97,7 +97,7 @@ class DeepPrompts:
         firsts = sorted(self._prompts)
         starts = torch.tensor(firsts, device=input_ids.device)
         ends = starts + torch.tensor([len(self._prompts[first].rows) for first in firsts], device=starts.device)
-        range_of = torch.searchsorted(starts, input_ids, right=True) - 1  # [B, T], -1 below all ranges
+        range_of = torch.searchsorted(starts, input_ids.contiguous(), right=True) - 1  # [B, T], -1 below all ranges
         within = (range_of >= 0) & (input_ids < ends[range_of])
         if not bool(within.any()):
             return None
