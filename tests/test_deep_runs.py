@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from soft_prompts import assert_same
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
-from ptune.assembly import parse_template
+from ptune.assembly import template_for
 from ptune.backbone import Backbone
 from ptune.config import GenerationConfig, RunConfig
 from ptune.config_file import load_config
@@ -248,9 +248,9 @@ def test_deep_prompts_others_and_the_bare_model_answer_side_by_side(tmp_path: Pa
 
 @pytest.mark.parametrize("template", ["{text}[P*4]{answer}", "[P*2]{text}[P*2]{answer}", "[bos][P*4]{text}{answer}"])
 def test_virtual_tokens_elsewhere_than_in_front_are_refused(template: str, tmp_path: Path) -> None:
-    config = settings(tmp_path, CLASSIFICATION, {"template": template})
+    config, backbone = settings(tmp_path, CLASSIFICATION, {"template": template}), backbone_of("gpt2")
     with pytest.raises(TemplateError, match="something stands before some of them; put all of them first"):
-        parse_template(config)
+        template_for(config, backbone)
 
 
 def test_settings_that_do_not_go_with_it_are_refused(tmp_path: Path) -> None:
