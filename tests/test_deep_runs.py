@@ -170,7 +170,7 @@ def test_an_adapter_that_does_not_say_its_shape_is_refused(tmp_path: Path) -> No
     path = tmp_path / "adapter_config.json"
     values = json.loads(path.read_text(encoding="utf-8")) | {"num_layers": None}
     path.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(SoftPromptError, match="expected num_layers, .* and holds None, 4, 32; load the adapter"):
+    with pytest.raises(SoftPromptError, match="expected num_layers, .* and holds 0, 4, 32; load the adapter"):
         read_peft_adapter(tmp_path)
 
 

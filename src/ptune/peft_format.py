@@ -100,13 +100,13 @@ def key_value_shape(config: Mapping[str, Any]) -> KeyValueShape | None:
     if config.get("peft_type") != "PREFIX_TUNING":
         return None
     names = ("num_layers", "num_attention_heads", "token_dim")
-    layers, heads, width = (config.get(name) for name in names)
-    if not all(isinstance(number, int) and number > 0 for number in (layers, heads, width)):
+    layers, heads, width = (config.get(name) or 0 for name in names)
+    if not all(type(number) is int and number > 0 for number in (layers, heads, width)):
         raise SoftPromptError(
             f"{ADAPTER_CONFIG} of prefix tuning expected {', '.join(names)}, and holds {layers}, {heads}, {width}; "
             "load the adapter in PEFT and save it again, which writes them"
         )
-    return KeyValueShape(int(layers), int(heads), int(width) // int(heads))
+    return KeyValueShape(layers, heads, width // heads)
 
 
 def remove_peft_adapter(folder: str | Path) -> None:
