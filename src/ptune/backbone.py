@@ -6,6 +6,7 @@ H width, V rows of the input matrix.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -23,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ptune.batch import IGNORED
 from ptune.config import ModelConfig
 from ptune.context_cache import ContextCache
+from ptune.deep_prompts import logits_behind, mask_from_both_sides
 from ptune.encoder_decoder import decoder_start, split_rows
 from ptune.errors import BackboneError
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of, may_pack
@@ -33,7 +35,7 @@ from ptune.output_head import OutputHead
 from ptune.packed_attention import Packing, packed_attention
 from ptune.plans import Plans, context_of
 from ptune.recomputation import recompute_layers, recomputing
-from ptune.virtual_tokens import VirtualTokens, input_embedding, input_matrix
+from ptune.virtual_tokens import VirtualTokens, deep_prompts_of, input_embedding, input_matrix
 
 MINI = Path(__file__).parent / "mini"
 """Folder of `ptune-mini`, the model that comes with ptune."""
@@ -202,6 +204,11 @@ class Backbone:
             self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         positions = None if positions is None else positions.to(self.device)
+        if (deep := deep_prompts_of(self.model).opening(input_ids)) is not None:
+            deep.check(input_ids.shape[1], self._cached_length, bool(self._recomputed))
+            run = functools.partial(self._run, states=states)
+            self.plans.note("reference", "a deep prompt stands before the text at every layer")
+            return logits_behind(deep, run, input_ids, attention_mask, positions, self.dtype)
         hindrance = "logits of all positions are wanted" if positions is None else self._hindrance(input_ids.shape[1])
         if positions is not None and hindrance is None:
             return self.plans.outputs(input_ids, attention_mask, positions, states=states)
@@ -255,6 +262,8 @@ class Backbone:
             arguments |= {"position_ids": packing.places + self._first_position, "packing": packing}
         elif "position_ids" in arguments:
             arguments["position_ids"] = arguments["position_ids"][:, -input_ids.shape[1] :]
+        if past is not None and self.kind is MASKED:
+            arguments["attention_mask"] = mask_from_both_sides(attention_mask, input_ids.shape[1], self.dtype)
         attention = nullcontext() if packing is None else packed_attention(self.model.config)
         with attention, self.head.at(positions, withhold=states) as withheld:
             output = self.model(**arguments, past_key_values=past, use_cache=keep)

@@ -100,6 +100,17 @@ def may_pack(config: PreTrainedConfig) -> bool:
     return config.model_type in _PACKED
 
 
+# Masked families whose attention takes keys and values that were not computed from its own input.
+_MASKED_WITH_PAST = {"bert", "roberta", "xlm-roberta", "electra"}
+
+
+def takes_deep_prompts(config: PreTrainedConfig, kind: Kind) -> bool:
+    """Whether keys and values can be set in front of the text at every layer."""
+    if kind is MASKED:
+        return config.model_type in _MASKED_WITH_PAST
+    return kind is CAUSAL and cached_length(config) != 0
+
+
 def kind_of(config: PreTrainedConfig, architecture: str | None = None) -> Kind:
     """Return the kind of a model.
 

@@ -294,6 +294,7 @@ class _Run:
         rows = self.best_rows
         prompt = SoftPrompt(
             rows=rows,
+            deep=self.prompted.deep,
             template=self.task.renderer.template.source,
             task=self.config.task,
             max_length=self.config.prompt.max_length,
@@ -308,7 +309,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.settings.trackers:
             self.accelerator.end_training()
-        self.prompted.virtual_tokens.set_rows(self.prompted.first_virtual_id, rows.to(self.prompted.backbone.device))
+        self.prompted.use(rows)
         comparison = compare_with_bare_model(self.parts)
         self.reporter.finished(prompt, self.progress, comparison)
         if comparison is not None and comparison.nothing_changed:
