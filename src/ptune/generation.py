@@ -94,6 +94,8 @@ def generate(
     *,
     batch_size: int = 16,
     on_text: Callable[[int, str], None] | None = None,
+    on_done: Callable[[int, Generated], None] | None = None,
+    go_on: Callable[[int, int], bool] | None = None,
     use_cache: bool = True,
 ) -> list[Generated]:
     """Continue contexts of ids, virtual ones among them, whose rows stand in the backbone's table.
@@ -104,6 +106,8 @@ def generate(
         options: how to decode; greedy where absent.
         batch_size: contexts decoded at once.
         on_text: gets a context's number and each piece of its text as it comes, never half a character.
+        on_done: gets a context's number and its continuation as soon as it has ended, while others still grow.
+        go_on: asked after each token with a context's number and how many tokens it has; False ends it there.
         use_cache: keep keys and values; without it the same answers come more slowly.
 
     Returns:
@@ -127,7 +131,7 @@ def generate(
             torch.manual_seed(options.seed)
         for numbers in _batches(order, kinds, batch_size):
             batch = [list(contexts[number]) for number in numbers]
-            listener = _numbered(on_text, numbers) if on_text else None
+            listener = _Listener(numbers, on_text, on_done, go_on)
             first = deep[numbers[0]]
             prompt = None if first is None else prompts.get(first)
             answers = _generate_batch(backbone, batch, options, listener, use_cache, prompt)
@@ -168,7 +172,7 @@ def _generate_batch(
     backbone: Backbone,
     contexts: list[list[int]],
     options: GenerationOptions,
-    on_text: Callable[[int, str], None] | None,
+    listener: _Listener,
     use_cache: bool,
     deep: DeepPrompt | None,
 ) -> list[Generated]:
@@ -192,7 +196,7 @@ def _generate_batch(
         mask = torch.cat([mask.new_ones(len(rows), opened), mask], dim=-1)
         past["past_key_values"] = deep.past(len(rows), backbone.dtype)
     said = 1 if decodes_apart else longest  # what stands before the new tokens in what `generate` returns
-    follower = _Follower(backbone, said, len(contexts), options.stop, on_text)
+    follower = _Follower(backbone, said, len(contexts), options.stop, listener)
     processors, warpers = _processors(options, [opened + count for count in pads], backbone.vocabulary_size)
     settings = transformers.GenerationConfig(
         max_new_tokens=min(_room(backbone, context, options) for context in contexts),
@@ -213,7 +217,7 @@ def _generate_batch(
             attention_mask=mask.to(backbone.device),
             generation_config=settings,
             logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([follower] if on_text or options.stop else []),
+            stopping_criteria=StoppingCriteriaList([follower] if listener.listens or options.stop else []),
             **past,
         )
     return [follower.result(number, row) for number, row in enumerate(output[:, said:].tolist())]
@@ -266,8 +270,33 @@ class _OnText(LogitsProcessor):
         return torch.cat(rows)
 
 
+@dataclass(frozen=True)
+class _Listener:
+    """What the caller wants to hear and say while rows grow, by the numbers of a batch's contexts."""
+
+    numbers: list[int]
+    on_text: Callable[[int, str], None] | None
+    on_done: Callable[[int, Generated], None] | None
+    go_on: Callable[[int, int], bool] | None
+
+    @property
+    def listens(self) -> bool:
+        return bool(self.on_text or self.on_done or self.go_on)
+
+    def text(self, row: int, text: str) -> None:
+        if self.on_text:
+            self.on_text(self.numbers[row], text)
+
+    def done(self, row: int, generated: Generated) -> None:
+        if self.on_done:
+            self.on_done(self.numbers[row], generated)
+
+    def goes_on(self, row: int, length: int) -> bool:
+        return self.go_on is None or self.go_on(self.numbers[row], length)
+
+
 class _Follower(StoppingCriteria):
-    """Reads along while rows grow: hands out finished text, and stops a row at a stop text."""
+    """Reads along while rows grow: hands out finished text, and stops a row at a stop text or when asked to."""
 
     def __init__(
         self,
@@ -275,31 +304,41 @@ class _Follower(StoppingCriteria):
         context_length: int,
         count: int,
         stop: tuple[str, ...],
-        on_text: Callable[[int, str], None] | None,
+        listener: _Listener,
     ) -> None:
         self._tokenizer = backbone.tokenizer
-        self._context_length, self._stop, self._on_text = context_length, stop, on_text
+        self._context_length, self._stop, self._listener = context_length, stop, listener
         configured = getattr(backbone.model.generation_config, "eos_token_id", None)
         configured = configured if isinstance(configured, list) else [configured]
         self.end_ids = {i for i in (*configured, backbone.tokenizer.eos_token_id) if i is not None}
         self._shown = [0] * count
+        self._done: dict[int, Generated] = {}
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        stopped = []
-        for number, row in enumerate(input_ids[:, self._context_length :].tolist()):
-            text, found = self._cut(self._text(self._spoken(row)[0]))
-            self._show(number, text, whole=found)
-            stopped.append(found)
+        rows = input_ids[:, self._context_length :].tolist()
+        stopped = [number in self._done or self._ends(number, row) for number, row in enumerate(rows)]
         return torch.tensor(stopped, device=input_ids.device)
 
     def result(self, number: int, row: list[int]) -> Generated:
         """Return a finished row's continuation, and hand out what of its text was still held back."""
+        if number not in self._done:
+            ids, ended = self._spoken(row)
+            text, found = self._cut(self._text(ids))
+            while found and ids and len(self._text(ids[:-1])) >= len(text):
+                ids = ids[:-1]  # what was said is the text, and so are its ids
+            self._show(number, text, whole=True)
+            self._done[number] = Generated(tuple(ids), text, "stop" if ended or found else "length")
+            self._listener.done(number, self._done[number])
+        return self._done[number]
+
+    def _ends(self, number: int, row: list[int]) -> bool:
         ids, ended = self._spoken(row)
-        text, found = self._cut(self._text(ids))
-        while found and ids and len(self._text(ids[:-1])) >= len(text):
-            ids = ids[:-1]  # what was said is the text, and so are its ids
-        self._show(number, text, whole=True)
-        return Generated(tuple(ids), text, "stop" if ended or found else "length")
+        if not ended and (self._listener.on_text or self._stop):
+            text, ended = self._cut(self._text(ids))
+            self._show(number, text, whole=ended)
+        if ended or not self._listener.goes_on(number, len(row)):
+            self.result(number, row)
+        return number in self._done
 
     def _spoken(self, row: list[int]) -> tuple[list[int], bool]:
         for place, token in enumerate(row):
@@ -315,15 +354,11 @@ class _Follower(StoppingCriteria):
         return (text[: min(places)], True) if places else (text, False)
 
     def _show(self, number: int, text: str, *, whole: bool) -> None:
-        if self._on_text is None:
+        if self._listener.on_text is None:
             return
         if not whole:  # the end of it may yet become another character, or a stop text
             text = text.rstrip(_UNFINISHED)
             text = text[: len(text) - max(map(len, self._stop), default=1) + 1]
         if len(text) > self._shown[number]:
-            self._on_text(number, text[self._shown[number] :])
+            self._listener.text(number, text[self._shown[number] :])
             self._shown[number] = len(text)
-
-
-def _numbered(on_text: Callable[[int, str], None], numbers: list[int]) -> Callable[[int, str], None]:
-    return lambda place, text: on_text(numbers[place], text)

@@ -1,4 +1,4 @@
-"""The command line: `ptune train / eval / predict / generate / inspect / list / import / demo`. Each is thin.
+"""The command line: `ptune train / eval / predict / generate / inspect / list / import / serve / demo`. Each is thin.
 
 Nothing here computes: commands read arguments, call the library and show what it returns. Nothing heavy is imported
 before a command runs, so that help is instant. A `PtuneError` becomes one sentence and exit code 2.
@@ -16,6 +16,7 @@ from ptune.cli.generate import generate
 from ptune.cli.import_peft import import_peft
 from ptune.cli.inspect import inspect
 from ptune.cli.list import list_prompts
+from ptune.cli.serve import serve
 from ptune.cli.train import train
 from ptune.errors import PtuneError
 
@@ -36,6 +37,7 @@ app.command()(generate)
 app.command(context_settings=_ANY_SETTING)(inspect)
 app.command("list")(list_prompts)
 app.command("import")(import_peft)
+app.command()(serve)
 app.command()(demo)
 
 

@@ -1,0 +1,114 @@
+"""The application: routes, what stands around them, and how mistakes are told."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+
+from ptune import __version__
+from ptune.engine import Engine
+from ptune.errors import PtuneError, did_you_mean
+from ptune.serve.limits import BodyLimit
+from ptune.serve.logs import Observed
+from ptune.serve.operation import operation_routes
+from ptune.serve.prompts import PromptFolder
+from ptune.serve.protocol import ChatRequest, ClassifyRequest, CompletionRequest, ErrorBody
+from ptune.serve.reading import reading_routes
+from ptune.serve.refusals import RefusedError, error_body, refusal_of
+from ptune.serve.security import BearerTokens
+from ptune.serve.service import Service
+from ptune.serve.settings import ServeSettings
+from ptune.serve.writing import writing_routes
+
+_MEMBERS = sorted({name for body in (ChatRequest, CompletionRequest, ClassifyRequest) for name in body.model_fields})
+
+
+def create_app(
+    engine: Engine, prompts: Path | None, settings: ServeSettings | None = None, tokens: Sequence[str] = ()
+) -> FastAPI:
+    """Return the ASGI application that serves an engine, which it has to itself while it runs.
+
+    Args:
+        engine: with the backbone.
+        prompts: folder of soft prompts; None for the bare backbone alone.
+        settings: limits.
+        tokens: one of them must come with each request; none asks for none.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    settings = settings or ServeSettings()
+    service = Service(engine, PromptFolder(prompts, engine.backbone), settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    app = FastAPI(
+        title="ptune",
+        version=__version__,
+        description="Soft prompts on one backbone, each a model, by OpenAI's interface.",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    errors: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorBody, "description": "The request cannot be answered as it is."},
+        "5XX": {"model": ErrorBody, "description": "The server cannot answer, now or in time."},
+    }
+    bearer = [Security(HTTPBearer(auto_error=False))] if tokens else []  # for the description; BearerTokens asks
+    app.include_router(operation_routes(service))
+    for router in (reading_routes(service), writing_routes(service)):
+        app.include_router(router, responses=errors, dependencies=bearer)
+    app.add_exception_handler(RefusedError, _refused)
+    app.add_exception_handler(PtuneError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_middleware(BodyLimit, limit=settings.max_body)
+    app.add_middleware(BearerTokens, tokens=tokens)
+    app.add_middleware(Observed, metrics=service.metrics)  # the outermost
+    return app
+
+
+async def _refused(_request: Request, error: Exception) -> JSONResponse:
+    refused = refusal_of(error)  # type: ignore[arg-type]
+    return JSONResponse(refused.body(), refused.status, refused.headers)
+
+
+async def _invalid(_request: Request, error: Exception) -> JSONResponse:
+    """Name the first thing that is wrong with a body, without repeating what it holds."""
+    assert isinstance(error, RequestValidationError)
+    entry = error.errors()[0]
+    kind, place = entry["type"], [str(part) for part in entry["loc"][1:]]
+    if kind == "json_invalid":
+        return JSONResponse(error_body(400, "the body is no JSON; send one object", code="invalid_json"), 400)
+    param = ".".join(place)[:200] or None
+    if kind == "extra_forbidden":
+        message = f"{param} is not offered here; leave it out.{did_you_mean(place[-1][:100], _MEMBERS)}"
+    else:
+        message = f"{param or 'the body'}: {_lower(entry['msg'].removeprefix('Value error, '))}"
+    return JSONResponse(error_body(400, message, param=param, code="invalid_request"), 400)
+
+
+async def _http(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = {
+        400: "the body is no JSON; send one object",
+        404: "there is no such path here; GET /openapi.json lists those that are",
+        405: "this path does not take this method; GET /openapi.json lists what each takes",
+    }.get(error.status_code, str(error.detail))
+    return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

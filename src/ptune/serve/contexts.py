@@ -1,0 +1,171 @@
+"""How a request becomes the ids that the model reads: a text or a conversation, by a soft prompt's template or bare.
+
+A text, and a conversation's last message, stand in the template's first field; other fields come by name. Earlier turns
+follow the rule of `ptune.chat`. Knows no HTTP but refusals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ptune.backbone import Backbone
+from ptune.chat import conversation
+from ptune.engine import LoadedPrompt
+from ptune.errors import did_you_mean
+from ptune.rendering import Renderer
+from ptune.serve.refusals import RefusedError
+
+Message = tuple[str, str]
+"""Role and text."""
+
+
+def record_of(renderer: Renderer, text: str, fields: Mapping[str, str]) -> dict[str, str]:
+    """Return a record whose text is the template's first field.
+
+    Raises:
+        RefusedError: 400, a field that the template lacks, or the first one by name as well.
+    """
+    known = renderer.template.fields
+    if not known:
+        raise RefusedError(400, "the template of this soft prompt has no field for a text", param="model")
+    for name in fields:
+        if name == known[0]:
+            raise RefusedError(400, f'the field "{name}" is the text itself; leave it out of fields', param="fields")
+        check_field(renderer, name)
+    return {known[0]: text, **fields}
+
+
+def check_field(renderer: Renderer, name: str) -> None:
+    """See that a template has a field.
+
+    Raises:
+        RefusedError: 400, it has not; names those that it has.
+    """
+    known = list(renderer.template.fields)
+    if name not in known:
+        raise RefusedError(
+            400,
+            f'the template has no field "{name}"; it has {", ".join(known)}.{did_you_mean(name, known)}',
+            param="fields",
+        )
+
+
+def context_of(renderer: Renderer, record: Mapping[str, Any]) -> list[int]:
+    """Return a record's ids before the answer, cut as the soft prompt's own ``max_length`` says.
+
+    Raises:
+        RefusedError: 400, the whole is beyond the backbone's limit, at which nothing is cut.
+        DataError: the record lacks a field.
+    """
+    whole = dataclasses.replace(renderer, max_length=None, context_limit=None).context(record)
+    check_length(whole, renderer.context_limit)
+    words = len(whole) - renderer.template.num_virtual_tokens
+    return whole if renderer.max_length is None or words <= renderer.max_length else renderer.context(record)
+
+
+def check_length(context: Sequence[int], limit: int | None) -> None:
+    """See that a context leaves room for an answer.
+
+    Raises:
+        RefusedError: 400, it does not.
+    """
+    if limit is not None and len(context) >= limit:
+        raise RefusedError(
+            400,
+            f"the text has {len(context)} tokens with its surroundings, and this model takes {limit}, the answer's "
+            "among them; shorten it",
+            code="context_length_exceeded",
+        )
+
+
+def completion_context(
+    backbone: Backbone, loaded: LoadedPrompt | None, text: str, fields: Mapping[str, str]
+) -> list[int]:
+    """Return the ids of a text to continue.
+
+    Raises:
+        RefusedError: 400, it is too long or, for the bare model, empty; or fields that are not the template's.
+        DataError: a field of the template is missing.
+    """
+    if loaded is not None:
+        return context_of(loaded.task.renderer, record_of(loaded.task.renderer, text, fields))
+    if fields:
+        raise RefusedError(400, "the bare model has no template, so no fields; leave them out", param="fields")
+    context = list(backbone.tokenizer(text, verbose=False)["input_ids"])
+    if not context:
+        raise RefusedError(400, "the bare model continues a text, and this one is empty", param="prompt")
+    check_length(context, backbone.context_limit)
+    return context
+
+
+def chat_context(
+    backbone: Backbone,
+    loaded: LoadedPrompt | None,
+    messages: Sequence[Message],
+    fields: Mapping[str, str],
+    new_tokens: int,
+) -> list[int]:
+    """Return the ids of a conversation, the oldest turns left out where there is no room.
+
+    Raises:
+        RefusedError: 400, the roles are not in turn, or the last message alone is too long, or the bare model has no
+            chat template.
+        DataError: a field of the template is missing.
+    """
+    if loaded is None:
+        return _bare_chat(backbone, messages, fields)
+    renderer = loaded.task.renderer
+    instructions, turns = _in_turn(messages)
+    if instructions is not None:
+        if "system" not in renderer.template.fields:
+            raise RefusedError(
+                400,
+                "the template of this soft prompt has no field system for a system message; write it into the user's",
+                param="messages",
+            )
+        fields = {"system": instructions, **fields}
+    asked = [context_of(renderer, record_of(renderer, text, fields)) for text in turns[::2]]
+    answered = [renderer.answer_ids(text, end=False) for text in turns[1::2]]
+    context, _ = conversation(backbone, list(zip(asked, answered, strict=False)), asked[-1], new_tokens)
+    return context
+
+
+def _in_turn(messages: Sequence[Message]) -> tuple[str | None, list[str]]:
+    """Return the system message, and the texts of user and assistant in turn, the user's first and last."""
+    system = messages[0][1] if messages[0][0] in ("system", "developer") else None
+    turns = messages if system is None else messages[1:]
+    expected = ["user", "assistant"] * len(turns)
+    if len(turns) % 2 == 0 or any(role != wanted for (role, _), wanted in zip(turns, expected, strict=False)):
+        found = ", ".join(role for role, _ in messages[:8])
+        raise RefusedError(
+            400,
+            "messages are those of user and assistant in turn, the user's first and last, behind one system message "
+            f"at most, and found {found}{', ...' if len(messages) > 8 else ''}",
+            param="messages",
+        )
+    return system, [text for _, text in turns]
+
+
+def _bare_chat(backbone: Backbone, messages: Sequence[Message], fields: Mapping[str, str]) -> list[int]:
+    if fields:
+        raise RefusedError(400, "the bare model has no template, so no fields; leave them out", param="fields")
+    tokenizer = backbone.tokenizer
+    if not tokenizer.chat_template:
+        raise RefusedError(
+            400,
+            "the bare model has no chat template, so it takes no messages; choose a soft prompt, or continue a text by "
+            "/v1/completions",
+            param="model",
+        )
+    given = [{"role": role, "content": text} for role, text in messages]
+    try:
+        text = str(tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # jinja's, or what the template itself raises for an order that it does not take
+        raise RefusedError(
+            400, "the model's chat template does not take these messages in this order", param="messages"
+        ) from error
+    context = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    check_length(context, backbone.context_limit)
+    return context

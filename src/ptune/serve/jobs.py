@@ -1,0 +1,212 @@
+"""What a request asks of the engine, in pieces that can share batches: records to score, a context to continue.
+
+A job is prepared alone, so that its mistakes are its own, then run together with others of its kind. Its future is how
+it answers, and cancelling the future is how it is called off. Knows no HTTP and no queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from typing_extensions import Self
+
+from ptune.engine import Engine, LoadedPrompt
+from ptune.generation import Generated, GenerationOptions, generate
+from ptune.serve.contexts import context_of
+from ptune.serve.prompts import Served
+from ptune.serve.refusals import RefusedError
+from ptune.tasks import Generation
+from ptune.tasks.scoring import ScoringTask
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The answers to records, as `Engine.predict` gives them, and how many tokens the model read for them."""
+
+    answers: list[dict[str, Any]]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """A continuation with its tokens counted."""
+
+    text: str
+    finished: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Job(ABC):
+    """A piece of work for the engine.
+
+    Attributes:
+        kind: for metrics.
+        served: the soft prompt; None for the bare model.
+        rows: how much of a batch it takes.
+        future: of its answer.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, served: Served | None, rows: int) -> None:
+        self.served, self.rows = served, rows
+        self.future: Future[Any] = Future()
+
+    @property
+    def called_off(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self.future.cancelled()
+
+    def answer(self, result: Any) -> None:
+        """Hand the answer over, if somebody still waits."""
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell that there is none."""
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+    @abstractmethod
+    def prepare(self, engine: Engine, loaded: LoadedPrompt | None) -> None:
+        """Check the request and render it.
+
+        Raises:
+            RefusedError, PtuneError: the request cannot be answered.
+        """
+
+    @abstractmethod
+    def joins(self, batch: Sequence[Self], engine: Engine) -> bool:
+        """Whether it can be run together with prepared jobs of its kind."""
+
+    @classmethod
+    @abstractmethod
+    def run(cls, engine: Engine, jobs: Sequence[Self], batch_size: int) -> None:
+        """Answer prepared jobs together."""
+
+
+class Scoring(Job):
+    """Records for one soft prompt that takes the likeliest answer."""
+
+    kind = "scored"
+
+    def __init__(self, served: Served, records: Callable[[LoadedPrompt], list[dict[str, str]]], rows: int) -> None:
+        """Take what makes the records once the soft prompt is there, and how many they will be."""
+        super().__init__(served, rows)
+        self._make_records = records
+        self._records: list[dict[str, str]] = []
+        self._tokens = 0
+
+    def prepare(self, engine: Engine, loaded: LoadedPrompt | None) -> None:
+        """Render the records."""
+        task = None if loaded is None else loaded.task
+        if loaded is None or not isinstance(task, ScoringTask):
+            raise RefusedError(
+                400, "this model writes text; ask /v1/chat/completions or /v1/completions", param="model"
+            )
+        self._records = self._make_records(loaded)
+        for record in self._records:
+            context_of(task.renderer, record)
+            self._tokens += sum(len(row.ids) for row in task.rows(record))
+
+    def joins(self, batch: Sequence[Scoring], engine: Engine) -> bool:
+        """Any records can be read together."""
+        return True
+
+    @classmethod
+    def run(cls, engine: Engine, jobs: Sequence[Scoring], batch_size: int) -> None:
+        """Score all records in common batches."""
+        keys = [job.served.key for job in jobs if job.served for _ in job._records]
+        answers = engine.predict(keys, [record for job in jobs for record in job._records], batch_size=batch_size)
+        start = 0
+        for job in jobs:
+            end = start + len(job._records)
+            job.answer(Scored(answers[start:end], job._tokens))
+            start = end
+
+
+class Writing(Job):
+    """One context to continue."""
+
+    kind = "written"
+
+    def __init__(
+        self,
+        served: Served | None,
+        context: Callable[[LoadedPrompt | None, int], list[int]],
+        options: Mapping[str, Any],
+        *,
+        max_new_tokens: int | None,
+        most_new_tokens: int,
+        on_text: Callable[[str], None] | None = None,
+    ) -> None:
+        """Take what makes the context once the soft prompt is there, given how many tokens the answer may have.
+
+        Args:
+            served: the soft prompt; None for the bare model.
+            context: makes it.
+            options: of `GenerationOptions`, but for the length.
+            max_new_tokens: as the soft prompt's task says, where absent.
+            most_new_tokens: where the task says more.
+            on_text: gets each piece of text, in the engine's thread.
+        """
+        super().__init__(served, 1)
+        self._make_context, self._options = context, GenerationOptions(**options)
+        self._max_new_tokens, self._most_new_tokens = max_new_tokens, most_new_tokens
+        self._on_text = on_text
+        self._context: list[int] = []
+        self._new_tokens = 0
+
+    def prepare(self, engine: Engine, loaded: LoadedPrompt | None) -> None:
+        """Render the context, and see how much room it leaves."""
+        task = None if loaded is None else loaded.task
+        if task is not None and not isinstance(task, Generation):
+            raise RefusedError(400, "this soft prompt chooses among answers; ask /v1/classify", param="model")
+        usual = GenerationOptions().max_new_tokens if task is None else task.config.max_new_tokens
+        self._new_tokens = self._max_new_tokens or min(usual, self._most_new_tokens)
+        self._context = self._make_context(loaded, self._new_tokens)
+        limit = engine.backbone.context_limit
+        if limit is not None:
+            self._new_tokens = min(self._new_tokens, limit - len(self._context))
+
+    def joins(self, batch: Sequence[Writing], engine: Engine) -> bool:
+        """Options must be the same, a seed alone, and every answer must have room behind the longest context."""
+        if any(other._options != self._options for other in batch) or self._options.seed is not None:
+            return False
+        limit, together = engine.backbone.context_limit, [self, *batch]
+        longest, most = max(len(job._context) for job in together), max(job._new_tokens for job in together)
+        return limit is None or longest + most <= limit
+
+    @classmethod
+    def run(cls, engine: Engine, jobs: Sequence[Writing], batch_size: int) -> None:
+        """Continue all contexts together, each up to its own length or until it is called off."""
+
+        def on_text(number: int, text: str) -> None:
+            listener = jobs[number]._on_text
+            if listener is not None and not jobs[number].called_off:
+                listener(text)
+
+        def on_done(number: int, generated: Generated) -> None:
+            job = jobs[number]
+            answer = Written(generated.text, generated.finished, len(job._context), len(generated.ids))
+            job.answer(answer)
+
+        def go_on(number: int, length: int) -> bool:
+            return length < jobs[number]._new_tokens and not jobs[number].called_off
+
+        longest = max(job._new_tokens for job in jobs)
+        generate(
+            engine.backbone,
+            [job._context for job in jobs],
+            jobs[0]._options.model_copy(update={"max_new_tokens": longest}),
+            batch_size=len(jobs),
+            on_text=on_text if any(job._on_text for job in jobs) else None,
+            on_done=on_done,
+            go_on=go_on,
+        )

@@ -1,0 +1,36 @@
+"""What looks after a server asks: is it alive, is it ready, what has it done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from ptune.serve.metrics import CONTENT_TYPE
+from ptune.serve.protocol import Health
+from ptune.serve.service import Service
+
+
+def operation_routes(service: Service) -> APIRouter:
+    """Return the routes of a server."""
+    router = APIRouter(tags=["operation"])
+
+    @router.get("/healthz", response_model=Health)
+    async def healthz() -> Any:
+        """Tell that the process answers."""
+        return Health(status="ok")
+
+    @router.get("/readyz", response_model=Health, responses={503: {"model": Health}})
+    async def readyz() -> Any:
+        """Tell whether requests will be answered."""
+        if service.scheduler.alive:
+            return Health(status="ready")
+        return JSONResponse(Health(status="not ready").model_dump(), 503)
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Show what was counted, for Prometheus."""
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    return router

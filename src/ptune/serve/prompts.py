@@ -1,0 +1,207 @@
+"""The folder of soft prompts that a server offers, and those of them that stand in the engine.
+
+A name that a request gives is looked up in a dictionary and never becomes part of a path. Each version of a soft prompt
+is an object of its own with ids of its own in the engine, so a request keeps the version that it began with.
+
+`PromptFolder` belongs to the event loop, `PromptMemory` to the thread that owns the engine. Knows no HTTP but refusals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ptune.backbone import Backbone
+from ptune.engine import Engine, LoadedPrompt
+from ptune.errors import ConfigError, SoftPromptError
+from ptune.serve.metrics import Metrics
+from ptune.serve.refusals import unknown_model, unusable_model
+from ptune.soft_prompt import SoftPrompt
+from ptune.soft_prompt_files import DESCRIPTION, read_description
+
+_log = logging.getLogger(__name__)
+_numbers = itertools.count()
+
+Stamp = tuple[int, int, int]
+"""What tells one save of a description from the next: time, size and inode."""
+
+
+@dataclass(eq=False)
+class Served:
+    """One version of a soft prompt.
+
+    Attributes:
+        name: its folder's, as a path from that of all soft prompts.
+        folder: where it lies.
+        stamp: of the description that was read.
+        task: classification, generation, ...
+        created: seconds since 1970.
+        retired: whether it was replaced or removed; it goes when no request uses it.
+        key: its name in the engine.
+    """
+
+    name: str
+    folder: Path
+    stamp: Stamp
+    task: str
+    created: int
+    retired: bool = False
+    key: str = field(default_factory=lambda: f"version {next(_numbers)}")
+
+
+class _UnusableError(Exception):
+    """Why a soft prompt cannot be served: for clients, and for the log, which may name paths."""
+
+    def __init__(self, reason: str, for_log: str | None = None) -> None:
+        super().__init__(reason)
+        self.for_log = for_log or reason
+
+
+class PromptFolder:
+    """The soft prompts in a folder and the folders within it, by name."""
+
+    def __init__(self, folder: Path | None, backbone: Backbone) -> None:
+        """Read the folder; None for a server of the bare backbone alone.
+
+        Raises:
+            ConfigError: there is no such folder.
+        """
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f'there is no folder "{folder}"; --prompts names one that holds soft prompts')
+        self._folder, self._backbone = folder, backbone
+        local = Path(backbone.name).is_dir()
+        self.bare = Path(backbone.name).resolve().name if local else backbone.name  # the bare model's name
+        self.served: dict[str, Served] = {}
+        self._unusable: dict[str, tuple[Stamp, str]] = {}
+        self.scan()
+
+    def find(self, name: str) -> Served | None:
+        """Return the newest version of a soft prompt; None for the backbone itself.
+
+        Raises:
+            RefusedError: 404, no model of that name, or one that cannot be used.
+        """
+        if name == self.bare:
+            return None
+        served, unusable = self.served.get(name), self._unusable.get(name)
+        if served is None and unusable is not None:
+            raise unusable_model(name, unusable[1])
+        if served is None:
+            raise unknown_model(name, [self.bare, *self.served])
+        return served
+
+    def scan(self) -> None:
+        """Take up what was added, replaced and removed since. A version that cannot be used leaves the old in place."""
+        if self._folder is None:
+            return
+        found = {self._name(path): path for path in sorted(self._folder.rglob(DESCRIPTION))}
+        served: dict[str, Served] = {}
+        unusable: dict[str, tuple[Stamp, str]] = {}
+        for name, path in found.items():
+            before, mistake = self.served.get(name), self._unusable.get(name)
+            with contextlib.suppress(FileNotFoundError):
+                stamp = _stamp(path)
+                if before is not None and before.stamp == stamp:
+                    served[name] = before
+                elif mistake is not None and mistake[0] == stamp:
+                    unusable[name] = mistake
+                    served |= {name: before} if before is not None else {}
+                else:
+                    try:
+                        served[name] = self._read(name, path, stamp)
+                    except _UnusableError as error:
+                        _log.warning("a soft prompt is not served", extra={"prompt": name, "reason": error.for_log})
+                        unusable[name] = (stamp, str(error))
+                        served |= {name: before} if before is not None else {}
+        for name in {*self.served, *served}:
+            self._tell(name, self.served.get(name), served.get(name))
+        self.served, self._unusable = served, unusable  # two assignments: a request sees a whole dictionary
+
+    def _name(self, path: Path) -> str:
+        assert self._folder is not None
+        folder = path.parent
+        return folder.resolve().name if folder == self._folder else folder.relative_to(self._folder).as_posix()
+
+    def _read(self, name: str, path: Path, stamp: Stamp) -> Served:
+        if name == self.bare:
+            raise _UnusableError("is called as the backbone is, which stands for the bare model")
+        try:
+            description = read_description(path.parent)
+        except SoftPromptError as error:
+            raise _UnusableError("is damaged; the server's log says more", str(error)) from error
+        if not self._backbone.matches(description.backbone.fingerprint.model_dump()):
+            other = description.backbone.name
+            raise _UnusableError(
+                f'belongs to another backbone: it was trained on "{other}", and this server runs "{self.bare}"'
+            )
+        return Served(name, path.parent, stamp, description.task.type, stamp[0] // 10**9)
+
+    def _tell(self, name: str, before: Served | None, now: Served | None) -> None:
+        if before is now:
+            return
+        if before is not None:
+            before.retired = True
+        what = "added" if before is None else "removed" if now is None else "replaced"
+        _log.info(f"soft prompt {what}", extra={"prompt": name})
+
+
+class PromptMemory:
+    """The versions that stand in the engine, within a budget of bytes: those unused for longest go first.
+
+    What a request uses stays. To be called from the one thread that owns the engine.
+    """
+
+    def __init__(self, engine: Engine, budget: int, metrics: Metrics) -> None:
+        self._engine, self._budget, self._metrics = engine, budget, metrics
+        self._loaded: OrderedDict[Served, LoadedPrompt] = OrderedDict()
+        self._users: dict[Served, int] = {}
+
+    def hold(self, served: Served) -> LoadedPrompt:
+        """Return a version, loaded where need be; it stays until it was let go as often as it was held.
+
+        Raises:
+            RefusedError: 404, it cannot be loaded any more.
+        """
+        if served not in self._loaded:
+            try:
+                self._engine.add(served.key, SoftPrompt.load(served.folder))
+            except SoftPromptError as error:
+                _log.warning("a soft prompt cannot be loaded", extra={"prompt": served.name, "reason": str(error)})
+                raise unusable_model(served.name, "cannot be loaded any more; the server's log says more") from error
+            self._loaded[served] = self._engine.prompts[served.key]
+            self._metrics.loads.inc()
+        self._loaded.move_to_end(served)
+        self._users[served] = self._users.get(served, 0) + 1
+        return self._loaded[served]
+
+    def let_go(self, served: Served) -> None:
+        """End one use."""
+        self._users[served] -= 1
+        if not self._users[served]:
+            del self._users[served]
+
+    def sweep(self) -> None:
+        """Forget versions that were replaced or removed, and the longest unused ones over the budget."""
+        idle = [served for served in self._loaded if served not in self._users]
+        size = self._bytes(self._loaded)
+        for served in [served for served in idle if served.retired] + [s for s in idle if not s.retired]:
+            if served.retired or size > self._budget:
+                size -= self._bytes([served])
+                self._engine.remove(served.key)
+                del self._loaded[served]
+        self._metrics.prompts.set(len(self._loaded))
+        self._metrics.prompt_bytes.set(size)
+
+    def _bytes(self, versions: Iterable[Served]) -> int:
+        # The table is a copy of the rows that each soft prompt keeps.
+        return sum(2 * self._loaded[served].prompt.rows.nbytes for served in versions)
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -1,0 +1,134 @@
+"""What the routes share: engine, folder, scheduler, metrics; asking the scheduler and waiting for what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+from starlette.requests import Request
+
+from ptune.engine import Engine
+from ptune.serve.jobs import Job, Scored, Written
+from ptune.serve.metrics import Metrics
+from ptune.serve.prompts import PromptFolder
+from ptune.serve.protocol import Usage
+from ptune.serve.refusals import RefusedError
+from ptune.serve.scheduler import Scheduler
+from ptune.serve.settings import ServeSettings
+
+T = TypeVar("T")
+
+Event: TypeAlias = "tuple[int, str | Written]"
+"""A job's number, and a piece of its text or, at its end, its whole answer."""
+
+
+class Service:
+    """A server's parts. Belongs to the event loop; the scheduler's thread owns the engine."""
+
+    def __init__(self, engine: Engine, folder: PromptFolder, settings: ServeSettings) -> None:
+        self.engine, self.folder, self.settings = engine, folder, settings
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(engine, settings, self.metrics)
+        self.started = int(time.time())
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Answer requests and watch the folder while the block runs; then finish what was taken."""
+        self.scheduler.start()
+        watch = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watch.cancel()
+            await asyncio.to_thread(self.scheduler.close)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.watch_seconds)
+            with contextlib.suppress(OSError):  # a disk that is away for a while
+                await asyncio.to_thread(self.folder.scan)
+
+    async def answers(self, request: Request, jobs: Sequence[Job]) -> list[Any]:
+        """Submit jobs and return their answers.
+
+        Raises:
+            RefusedError: what the scheduler or a job refuses; 504 past the deadline; 499 when the client went away.
+            PtuneError: what is wrong with the request.
+        """
+        self.scheduler.submit(jobs)
+        together = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+        try:
+            return await self.while_there(request, asyncio.wait_for(together, self.settings.deadline_seconds))
+        except asyncio.TimeoutError:
+            raise self._too_late() from None
+        finally:
+            for job in jobs:
+                job.future.cancel()
+
+    async def while_there(self, request: Request, answer: Awaitable[T]) -> T:
+        """Wait for an answer as long as the client does.
+
+        Raises:
+            RefusedError: 499, the client went away.
+        """
+        gone, waiting = asyncio.ensure_future(_gone(request)), asyncio.ensure_future(answer)
+        try:
+            await asyncio.wait({gone, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise RefusedError(499, "the client went away")
+            return waiting.result()
+        finally:
+            gone.cancel()
+            waiting.cancel()
+
+    async def events(self, jobs: Sequence[Job], queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+        """Submit jobs that put their text into ``queue``, and yield it until all have ended. Closed, it calls them off.
+
+        Raises:
+            RefusedError, PtuneError: as `answers`.
+        """
+        loop, until = asyncio.get_running_loop(), time.monotonic() + self.settings.deadline_seconds
+        self.scheduler.submit(jobs)
+        for number, job in enumerate(jobs):
+            job.future.add_done_callback(lambda future, n=number: hand_over(loop, queue, (n, future)))  # type: ignore[misc]
+        left = len(jobs)
+        try:
+            while left:
+                try:
+                    number, what = await asyncio.wait_for(queue.get(), until - time.monotonic())
+                except asyncio.TimeoutError:
+                    raise self._too_late() from None
+                if not isinstance(what, str):
+                    left -= 1
+                    what = what.result()  # type: ignore[union-attr]
+                yield number, what
+        finally:
+            for job in jobs:
+                job.future.cancel()
+
+    def count(self, request: Request, model: str, answers: Sequence[Scored | Written]) -> Usage:
+        """Return the usage of a request, counted and noted for the log."""
+        read = sum(answer.prompt_tokens for answer in answers)
+        wrote = sum(answer.completion_tokens for answer in answers if isinstance(answer, Written))
+        self.metrics.tokens.labels("prompt").inc(read)
+        self.metrics.tokens.labels("completion").inc(wrote)
+        request.state.note |= {"model": model, "prompt_tokens": read, "completion_tokens": wrote}
+        return Usage(prompt_tokens=read, completion_tokens=wrote, total_tokens=read + wrote)
+
+    def _too_late(self) -> RefusedError:
+        seconds = self.settings.deadline_seconds
+        return RefusedError(504, f"no answer within {seconds:g} s; ask for less, or later", code="deadline_exceeded")
+
+
+def hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], event: Any) -> None:
+    """Put an event into a queue of the loop from another thread; nowhere, if the loop is gone."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

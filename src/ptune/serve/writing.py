@@ -1,0 +1,201 @@
+"""``/v1/completions`` and ``/v1/chat/completions``, whole and streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from ptune.errors import PtuneError
+from ptune.serve.contexts import chat_context, completion_context
+from ptune.serve.jobs import Writing, Written
+from ptune.serve.protocol import (
+    AnswerMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatRequest,
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    Delta,
+    Sampling,
+    Usage,
+)
+from ptune.serve.refusals import RefusedError, refusal_of
+from ptune.serve.service import Event, Service, hand_over
+
+Context = Callable[..., list[int]]
+"""Makes ids of the loaded soft prompt, or None for the bare model, and of how many tokens the answer may have."""
+
+
+def writing_routes(service: Service) -> APIRouter:
+    """Return the routes of a server."""
+    router = APIRouter(tags=["text"])
+
+    @router.post("/v1/completions", response_model=Completion)
+    async def completions(request: Request, body: CompletionRequest) -> Any:
+        """Continue a text, or several: by a soft prompt's template, or with the bare model as they stand."""
+        texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        most = service.settings.max_items
+        if len(texts) > most:
+            raise RefusedError(400, f"prompt has {len(texts)} texts, and a request {most} at most", param="prompt")
+
+        def context(text: str, loaded: Any, _new_tokens: int) -> list[int]:
+            return completion_context(service.engine.backbone, loaded, text, body.fields)
+
+        asked = _Asked(service, request, body, "cmpl", body.max_tokens, [functools.partial(context, t) for t in texts])
+        asked.log_input(body.prompt)
+        if body.stream:
+            return await asked.stream(_CompletionEvents())
+        answers = await asked.answers()
+        choices = [CompletionChoice(index=i, text=a.text, finish_reason=a.finished) for i, a in enumerate(answers)]
+        return Completion(**asked.head, choices=choices, usage=asked.usage(answers))
+
+    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(request: Request, body: ChatRequest) -> Any:
+        """Answer the last message of a conversation."""
+        messages = [(message.role, message.text) for message in body.messages]
+
+        def context(loaded: Any, new_tokens: int) -> list[int]:
+            return chat_context(service.engine.backbone, loaded, messages, body.fields, new_tokens)
+
+        asked = _Asked(service, request, body, "chatcmpl", body.max_completion_tokens or body.max_tokens, [context])
+        asked.log_input(messages)
+        if body.stream:
+            return await asked.stream(_ChatEvents())
+        answers = await asked.answers()
+        message = AnswerMessage(content=answers[0].text)
+        choice = ChatChoice(index=0, message=message, finish_reason=answers[0].finished)
+        return ChatCompletion(**asked.head, choices=[choice], usage=asked.usage(answers))
+
+    return router
+
+
+class _CompletionEvents:
+    """The events of a streamed completion."""
+
+    shape = Completion
+
+    def piece(self, index: int, text: str) -> list[BaseModel]:
+        return [CompletionChoice(index=index, text=text, finish_reason=None)]
+
+    def end(self, index: int, answer: Written) -> list[BaseModel]:
+        return [CompletionChoice(index=index, text="", finish_reason=answer.finished)]
+
+    def begin(self) -> list[BaseModel]:
+        return []
+
+
+class _ChatEvents:
+    """The events of a streamed chat."""
+
+    shape = ChatCompletionChunk
+
+    def piece(self, index: int, text: str) -> list[BaseModel]:
+        return [ChatDelta(index=index, delta=Delta(content=text))]
+
+    def end(self, index: int, answer: Written) -> list[BaseModel]:
+        return [ChatDelta(index=index, delta=Delta(), finish_reason=answer.finished)]
+
+    def begin(self) -> list[BaseModel]:
+        return [ChatDelta(index=0, delta=Delta(role="assistant", content=""))]
+
+
+class _Asked:
+    """One request to write: its jobs, and its answer in either form."""
+
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        body: Sampling,
+        prefix: str,
+        max_tokens: int | None,
+        contexts: Sequence[Context],
+    ) -> None:
+        """Find the soft prompt and make a job of each context.
+
+        Raises:
+            RefusedError: no such model, or more tokens than this server writes.
+        """
+        self._service, self._request, self._body = service, request, body
+        served, most = service.folder.find(body.model), service.settings.max_tokens
+        if max_tokens is not None and max_tokens > most:
+            raise RefusedError(400, f"this server writes {most} tokens at most, not {max_tokens}", param="max_tokens")
+        self.head: dict[str, Any] = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
+        self.head["model"] = body.model
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._jobs = [
+            Writing(
+                served,
+                context,
+                body.options(),
+                max_new_tokens=max_tokens,
+                most_new_tokens=most,
+                on_text=functools.partial(_tell, loop, self._queue, number) if body.stream else None,
+            )
+            for number, context in enumerate(contexts)
+        ]
+
+    def log_input(self, text: Any) -> None:
+        if self._service.settings.log_text:
+            self._request.state.note["input"] = text
+
+    def usage(self, answers: Sequence[Written]) -> Usage:
+        if self._service.settings.log_text:
+            self._request.state.note["output"] = [answer.text for answer in answers]
+        return self._service.count(self._request, self._body.model, answers)
+
+    async def answers(self) -> list[Written]:
+        return await self._service.answers(self._request, self._jobs)
+
+    async def stream(self, shapes: _CompletionEvents | _ChatEvents) -> StreamingResponse:
+        """Return the answer as server-sent events. What is refused before the first of them is refused by status."""
+        events = self._service.events(self._jobs, self._queue)
+        first = await self._service.while_there(self._request, anext(events))
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(self._lines(shapes, first, events), media_type="text/event-stream", headers=headers)
+
+    async def _lines(
+        self, shapes: _CompletionEvents | _ChatEvents, first: Event, events: AsyncIterator[Event]
+    ) -> AsyncIterator[str]:
+        answers: list[Written] = []
+        try:
+            if begin := shapes.begin():
+                yield self._line(shapes, begin)
+            event: Event | None = first
+            while event is not None:
+                index, what = event
+                if isinstance(what, str):
+                    yield self._line(shapes, shapes.piece(index, what))
+                else:
+                    answers.append(what)
+                    yield self._line(shapes, shapes.end(index, what))
+                event = await anext(events, None)
+            usage = self.usage(answers)
+            if self._body.stream_options is not None and self._body.stream_options.include_usage:
+                yield self._line(shapes, [], usage)
+            yield "data: [DONE]\n\n"
+        except (RefusedError, PtuneError) as error:
+            yield f"data: {json.dumps(refusal_of(error).body(), ensure_ascii=False)}\n\n"
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    def _line(self, shapes: Any, choices: list[BaseModel], usage: Usage | None = None) -> str:
+        chunk = shapes.shape(**self.head, choices=choices, usage=usage)
+        return f"data: {chunk.model_dump_json()}\n\n"
+
+
+def _tell(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event], number: int, text: str) -> None:
+    hand_over(loop, queue, (number, text))
