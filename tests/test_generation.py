@@ -180,3 +180,25 @@ def test_nothing_to_continue_is_said() -> None:
     backbone = Backbone(tiny_model("llama"), tiny_tokenizer(), "tiny")
     with pytest.raises(BackboneError, match="there is nothing to continue"):
         generate(backbone, [[]], GenerationOptions())
+
+
+def test_each_answer_is_told_when_it_ends_and_can_be_ended_alone() -> None:
+    model, options = backbone(), GenerationOptions(max_new_tokens=10)
+    contexts, limits = [words(text) for text in TEXTS], [3, 10, 6]
+    whole = generate(model, contexts, options)
+    events: list[tuple[int, object]] = []
+    answers = generate(
+        model,
+        contexts,
+        options,
+        on_text=lambda number, text: events.append((number, text)),
+        on_done=lambda number, answer: events.append((number, answer)),
+        go_on=lambda number, length: length < limits[number],
+    )
+    assert [answer.ids for answer in answers] == [one.ids[:n] for one, n in zip(whole, limits, strict=True)]
+    for number, answer in enumerate(answers):
+        own = [what for n, what in events if n == number]
+        assert own[-1] == answer
+        assert "".join(map(str, own[:-1])) == answer.text
+    ended = [number for number, what in events if not isinstance(what, str)]
+    assert ended == sorted(range(3), key=lambda number: len(answers[number].ids))

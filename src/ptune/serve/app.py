@@ -20,7 +20,15 @@ from ptune.serve.limits import BodyLimit
 from ptune.serve.logs import Observed
 from ptune.serve.operation import operation_routes
 from ptune.serve.prompts import PromptFolder
-from ptune.serve.protocol import ChatRequest, ClassifyRequest, CompletionRequest, ErrorBody
+from ptune.serve.protocol import (
+    ChatMessage,
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    ErrorBody,
+    StreamOptions,
+    TextPart,
+)
 from ptune.serve.reading import reading_routes
 from ptune.serve.refusals import RefusedError, error_body, refusal_of
 from ptune.serve.security import BearerTokens
@@ -28,7 +36,8 @@ from ptune.serve.service import Service
 from ptune.serve.settings import ServeSettings
 from ptune.serve.writing import writing_routes
 
-_MEMBERS = sorted({name for body in (ChatRequest, CompletionRequest, ClassifyRequest) for name in body.model_fields})
+_BODIES = (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions, ClassifyRequest)
+_MEMBERS = sorted({name for body in _BODIES for name in body.model_fields})
 
 
 def create_app(
@@ -88,13 +97,17 @@ async def _refused(_request: Request, error: Exception) -> JSONResponse:
 async def _invalid(_request: Request, error: Exception) -> JSONResponse:
     """Name the first thing that is wrong with a body, without repeating what it holds."""
     assert isinstance(error, RequestValidationError)
-    entry = error.errors()[0]
-    kind, place = entry["type"], [str(part) for part in entry["loc"][1:]]
+    # Where a member may be of several types there is an error for each; the one that got furthest tells the most.
+    entry = min(error.errors(), key=lambda entry: entry["type"].endswith("_type"))
+    kind, place = entry["type"], entry["loc"][1:]
+    named = [str(part) for part in place if isinstance(part, int) or part in _MEMBERS]  # the others name types
+    if kind == "extra_forbidden" and place[-1] not in _MEMBERS:
+        named.append(str(place[-1]))
     if kind == "json_invalid":
         return JSONResponse(error_body(400, "the body is no JSON; send one object", code="invalid_json"), 400)
-    param = ".".join(place)[:200] or None
+    param = ".".join(named)[:200] or None
     if kind == "extra_forbidden":
-        message = f"{param} is not offered here; leave it out.{did_you_mean(place[-1][:100], _MEMBERS)}"
+        message = f"{param} is not offered here; leave it out.{did_you_mean(str(place[-1])[:100], _MEMBERS)}"
     else:
         message = f"{param or 'the body'}: {_lower(entry['msg'].removeprefix('Value error, '))}"
     return JSONResponse(error_body(400, message, param=param, code="invalid_request"), 400)

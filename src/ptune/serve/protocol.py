@@ -6,6 +6,7 @@ an error and never dropped.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
@@ -29,6 +30,17 @@ class Body(BaseModel):
     """Base of all requests: numbers are numbers, unknown members refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_that_can_be_written(cls, values: Any) -> Any:
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a surrogate pair, which is no character; send it whole") from None
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        return values
 
 
 class StreamOptions(Body):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import Request
@@ -23,6 +24,9 @@ T = TypeVar("T")
 
 Event: TypeAlias = "tuple[int, str | Written]"
 """A job's number, and a piece of its text or, at its end, its whole answer."""
+
+Heard: TypeAlias = "tuple[int, str | Future[Any]]"
+"""What the engine's thread hands over: a job's number, and a piece of its text or, at its end, its future."""
 
 
 class Service:
@@ -84,7 +88,7 @@ class Service:
             gone.cancel()
             waiting.cancel()
 
-    async def events(self, jobs: Sequence[Job], queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+    async def events(self, jobs: Sequence[Job], queue: asyncio.Queue[Heard]) -> AsyncIterator[Event]:
         """Submit jobs that put their text into ``queue``, and yield it until all have ended. Closed, it calls them off.
 
         Raises:
@@ -93,7 +97,7 @@ class Service:
         loop, until = asyncio.get_running_loop(), time.monotonic() + self.settings.deadline_seconds
         self.scheduler.submit(jobs)
         for number, job in enumerate(jobs):
-            job.future.add_done_callback(lambda future, n=number: hand_over(loop, queue, (n, future)))  # type: ignore[misc]
+            job.future.add_done_callback(lambda future, n=number: hand_over(loop, queue, (n, future)))
         left = len(jobs)
         try:
             while left:
@@ -101,10 +105,11 @@ class Service:
                     number, what = await asyncio.wait_for(queue.get(), until - time.monotonic())
                 except asyncio.TimeoutError:
                     raise self._too_late() from None
-                if not isinstance(what, str):
+                if isinstance(what, str):
+                    yield number, what
+                else:
                     left -= 1
-                    what = what.result()  # type: ignore[union-attr]
-                yield number, what
+                    yield number, what.result()
         finally:
             for job in jobs:
                 job.future.cancel()

@@ -32,7 +32,7 @@ from ptune.serve.protocol import (
     Usage,
 )
 from ptune.serve.refusals import RefusedError, refusal_of
-from ptune.serve.service import Event, Service, hand_over
+from ptune.serve.service import Event, Heard, Service, hand_over
 
 Context = Callable[..., list[int]]
 """Makes ids of the loaded soft prompt, or None for the bare model, and of how many tokens the answer may have."""
@@ -134,7 +134,7 @@ class _Asked:
             raise RefusedError(400, f"this server writes {most} tokens at most, not {max_tokens}", param="max_tokens")
         self.head: dict[str, Any] = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         self.head["model"] = body.model
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._queue: asyncio.Queue[Heard] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._jobs = [
             Writing(
@@ -197,5 +197,5 @@ class _Asked:
         return f"data: {chunk.model_dump_json()}\n\n"
 
 
-def _tell(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event], number: int, text: str) -> None:
+def _tell(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Heard], number: int, text: str) -> None:
     hand_over(loop, queue, (number, text))
