@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import Future
@@ -97,7 +98,7 @@ class Service:
         loop, until = asyncio.get_running_loop(), time.monotonic() + self.settings.deadline_seconds
         self.scheduler.submit(jobs)
         for number, job in enumerate(jobs):
-            job.future.add_done_callback(lambda future, n=number: hand_over(loop, queue, (n, future)))
+            job.future.add_done_callback(functools.partial(_hand_over_future, loop, queue, number))
         left = len(jobs)
         try:
             while left:
@@ -132,6 +133,12 @@ def hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], event:
     """Put an event into a queue of the loop from another thread; nowhere, if the loop is gone."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(queue.put_nowait, event)
+
+
+def _hand_over_future(
+    loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Heard], number: int, future: Future[Any]
+) -> None:
+    hand_over(loop, queue, (number, future))
 
 
 async def _gone(request: Request) -> None:
