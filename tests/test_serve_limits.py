@@ -19,6 +19,7 @@ import httpx
 import openai
 import pytest
 import schemathesis
+import torch
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from schemathesis.checks import not_a_server_error
@@ -31,6 +32,7 @@ from serving import Served, rows, serving, soft_prompts, tiny_backbone
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.backbone import Backbone
+from ptune.deep_start import keys_and_values_of
 from ptune.engine import Engine
 from ptune.errors import ConfigError
 from ptune.serve.security import read_tokens
@@ -350,3 +352,20 @@ def test_requests_made_from_the_description_are_answered_as_it_says(served: Serv
             case.call_and_validate(checks=checks)
 
         check()
+
+
+def test_a_mistake_that_only_the_model_sees_is_its_request_s_own(backbone: Backbone, tmp_path: Path) -> None:
+    values, shape = keys_and_values_of(backbone, backbone.embeddings(torch.arange(30, 35)))
+    answer = soft_prompts(backbone)["answer"]
+    deep = replace(answer, rows=values, deep=shape, template="[P*5]{text}{answer}")
+    deep.save(tmp_path / "deep")
+    with Engine(backbone) as engine:
+        engine.add("deep", deep)
+        expected = engine.generate("deep", "great soup").text
+    with serving(backbone, tmp_path, gather_seconds=0.5) as served, ThreadPoolExecutor(2) as pool:
+        asked = [{"model": "deep", "prompt": text} for text in ("great soup", "")]
+        good, bad = pool.map(lambda body: served.http.post("/v1/completions", json=body), asked)
+        assert good.json()["choices"][0]["text"] == expected
+        assert bad.status_code == 400
+        assert "give each context a token of text" in bad.json()["error"]["message"]
+        assert served.metric("ptune_batch_rows_count") == 1

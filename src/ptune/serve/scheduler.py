@@ -147,14 +147,23 @@ class Scheduler:
 
     def _run(self, batch: list[Job]) -> None:
         rows, begin = sum(job.rows for job in batch), time.monotonic()
-        try:
-            type(batch[0]).run(self._engine, batch, self._settings.max_batch)
-        except Exception as error:
-            self._fail(batch, error)
+        self._answer(batch)
         for job in batch:
             self._let_go(job)
         self._seconds_a_text = (time.monotonic() - begin) / rows
         self._metrics.batch_rows.labels(batch[0].kind).observe(rows)
+
+    def _answer(self, batch: list[Job]) -> None:
+        try:
+            type(batch[0]).run(self._engine, batch, self._settings.max_batch)
+        except PtuneError as error:  # one request's own mistake, met before it has said a word: the others go on
+            if len(batch) == 1:
+                batch[0].fail(error)
+            for job in batch if len(batch) > 1 else []:
+                if not job.future.done():
+                    self._answer([job])
+        except Exception as error:
+            self._fail(batch, error)
 
     def _end(self, job: Job) -> None:
         """Forget a job that was called off while it waited."""
