@@ -69,6 +69,8 @@ class Renderer:
         context_limit: positions of the backbone, virtual tokens included; None for no limit.
         overlong: what happens to an answer that is itself too long.
         kind: of the model that will read: where its tokenizer's own tokens stand, and where an answer may.
+        pieces: the template's, with [bos] where the tokenizer's own first tokens stand.
+        opening: their ids.
 
     Raises:
         TemplateError: the template names [bos] and the tokenizer has no such token, or more follows the answer and
@@ -83,7 +85,8 @@ class Renderer:
     context_limit: int | None = None
     overlong: Overlong = "error"
     kind: Kind = CAUSAL
-    _opening: tuple[int, ...] = dataclasses.field(init=False, repr=False)
+    pieces: tuple[Piece, ...] = dataclasses.field(init=False, repr=False)
+    opening: tuple[int, ...] = dataclasses.field(init=False, repr=False)
     _stretches: tuple[tuple[int, ...] | _Words | Answer, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +112,8 @@ class Renderer:
             while not self.kind.bos_first and isinstance(pieces[behind], Virtual):
                 behind += 1
             pieces.insert(behind, Bos())
-        object.__setattr__(self, "_opening", opening)
+        object.__setattr__(self, "pieces", tuple(pieces))
+        object.__setattr__(self, "opening", opening)
         object.__setattr__(self, "_stretches", tuple(self._compiled(pieces, opening, closing)))
 
     def _compiled(
@@ -191,7 +195,7 @@ class Renderer:
         """
         ids = self._tokens(answer)
         if self.kind is ENCODER_DECODER:
-            ids = [*self._opening, *ids]  # BART's decoder writes <s> first, as its tokenizer has it
+            ids = [*self.opening, *ids]  # BART's decoder writes <s> first, as its tokenizer has it
         if not end:
             return ids
         if self.tokenizer.eos_token_id is None:
