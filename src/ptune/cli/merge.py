@@ -23,8 +23,12 @@ def merge(
     merged = merge_prompts(prompts, output, backbone=model, overwrite=overwrite)
     ids = [number for task in merged.tasks.values() for number in task]
     rounding = merged.rounding
-    typer.echo(f"tasks           {len(merged.tasks)}: {', '.join(list(merged.tasks)[:8])}{' ...' if len(merged.tasks) > 8 else ''}")
-    typer.echo(f"virtual tokens  {len(ids)}, ids {min(ids)} to {max(ids)}; {merged.appended} rows appended, {merged.rows} in all")
+    names = list(merged.tasks)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    typer.echo(f"tasks           {', '.join(names[:8])}{more}")
+    typer.echo(
+        f"virtual tokens  {len(ids)}, ids {min(ids)} to {max(ids)}, of {merged.rows} rows ({merged.appended} new)"
+    )
     typer.echo(f"never said      probability at most {merged.probability:.1g} at {merged.positions} positions")
     typer.echo(
         f"rounding        {rounding.relative:.1g} of the norm; another next token in {rounding.changed} of "

@@ -74,9 +74,7 @@ def chat_template(tasks: Mapping[str, TaskShape], words: Words, own: str | None)
     shapes: dict[tuple[Piece, ...], int] = {}
     for shape in tasks.values():
         shapes.setdefault(shape.pieces, len(shapes))
-    listed = ", ".join(
-        f"{_literal(name)}: [{shapes[shape.pieces]}, {shape.first}]" for name, shape in tasks.items()
-    )
+    listed = ", ".join(f"{_literal(name)}: [{shapes[shape.pieces]}, {shape.first}]" for name, shape in tasks.items())
     only = _literal(next(iter(tasks))) if len(tasks) == 1 else "''"
     lines = [
         "{%- set tasks = {" + listed + "} -%}",
@@ -101,7 +99,7 @@ def kwarg_of(field: str) -> str | None:
 def _conversation(words: Words, shapes: Mapping[tuple[Piece, ...], int]) -> Iterator[str]:
     yield "{%- set shape = tasks[chosen][0] -%}{%- set first = tasks[chosen][1] -%}"
     yield "{%- if tools is defined and tools -%}{{- raise_exception('a task takes no tools') -}}{%- endif -%}"
-    yield "{%- set ns = namespace(text='', head='', body='', tail='', words=false) -%}"
+    yield "{%- set ns = namespace(text='', body='', tail='', words=false) -%}"
     yield "{%- for message in messages -%}"
     yield "{%- if message['content'] is not string -%}{{- raise_exception('a message is text') -}}{%- endif -%}"
     yield "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
@@ -121,6 +119,9 @@ def _conversation(words: Words, shapes: Mapping[tuple[Piece, ...], int]) -> Iter
 def _turn(pieces: Sequence[Piece], words: Words) -> Iterator[str]:
     """Yield what adds a user's turn: text collects in ``ns.text`` and is said where a token of another kind stands."""
     fields = Template("", tuple(pieces)).fields
+    if not fields:
+        yield "{%- if message['content'] | trim -%}"
+        yield "{{- raise_exception('the template of ' ~ chosen ~ ' has no place for a text') -}}{%- endif -%}"
     optional = Template("", tuple(pieces)).optional_fields
     for number, field in enumerate(fields):
         if number == 0:

@@ -29,11 +29,17 @@ from ptune.fingerprint import same_backbone
 from ptune.merging.chat_template import TaskShape, Words, chat_template
 from ptune.merging.folder import DESCRIPTION, check_place, write_folder
 from ptune.merging.model_files import ModelFiles, end_ids, source_folder
-from ptune.merging.output_row import find_output_row, sample_texts
+from ptune.merging.output_row import find_output_row
 from ptune.merging.probes import ids_agree, probe_records, refuse
 from ptune.merging.readme import readme
 from ptune.merging.rounding import Rounding, on_disk_rows, rounding_cost
-from ptune.merging.tokenizer_files import add_tokens, load_tokenizer, own_chat_template, token_names, write_chat_template
+from ptune.merging.tokenizer_files import (
+    add_tokens,
+    load_tokenizer,
+    own_chat_template,
+    token_names,
+    write_chat_template,
+)
 from ptune.soft_prompt import SoftPrompt
 
 _MULTIPLE = 64
@@ -84,8 +90,8 @@ def merge_prompts(
         overwrite: replace an older merged model.
 
     Raises:
-        SoftPromptError: no prompt, two of one name, or of different backbones.
-        BackboneError: the model cannot be extended: not causal, quantised, without safetensors, or virtual tokens
+        SoftPromptError: no prompt, two of one name, of different backbones, or of one that is not causal.
+        BackboneError: the model cannot be extended: quantised, without safetensors, or virtual tokens
             could be generated.
         OutputError: something else stands at ``output``, or it cannot be written.
     """
@@ -94,14 +100,15 @@ def merge_prompts(
     named = _named(prompts)
     if backbone is None:
         backbone = next(iter(named.values())).backbone_name
+    kind = next(iter(named.values())).fingerprint.get("kind")
+    if kind != CAUSAL.name:
+        raise SoftPromptError(
+            f"a prompt of a model of kind {kind} cannot be merged, for a merged model is one that engines let chat; "
+            "use it in ptune's own engine"
+        )
     if not isinstance(backbone, Backbone):
         source_folder(backbone if isinstance(backbone, str) else backbone.name)  # refused before a long load
         backbone = Backbone.load(backbone)
-    if backbone.kind is not CAUSAL:
-        raise BackboneError(
-            f'"{backbone.name}" is {backbone.kind.words}, and prompts merge into causal language models alone, which '
-            "engines serve by their chat; serve it by ptune's own engine"
-        )
     source = source_folder(backbone.name)
     with Engine(backbone) as engine:
         for name, prompt in named.items():
@@ -139,8 +146,7 @@ class _Merge:
         stored = on_disk_rows(self._backbone, rows, matrix.dtype)
         rounding = rounding_cost(self._engine, rows, stored, contexts)
         head = matrix if self._files.tied else self._files.read(self._files.head)
-        texts = sample_texts(self._backbone, contexts)
-        never = find_output_row(self._backbone, texts, self._count, head.dtype)
+        never = find_output_row(self._backbone, contexts, self._count, head.dtype)
         changed = {
             self._files.matrix: _extended(matrix, after, ids, stored, torch.zeros_like(stored[0])),
             self._files.head: _extended(head, after, ids, never.weight.expand(len(ids), -1), never.weight),
@@ -178,8 +184,8 @@ class _Merge:
         taken = used & set(ids)
         if taken:
             raise BackboneError(
-                f'the config of "{self._backbone.name}" gives a meaning to the id {min(taken)}, which its tokenizer '
-                "has no token for and would give to a virtual one; add that token to the tokenizer"
+                f'the config of "{self._backbone.name}" gives a meaning to the id {next(iter(taken))}, which its '
+                "tokenizer has no token for and would give to a virtual one; add that token to the tokenizer"
             )
 
     def _ids_of_tasks(self, ids: list[int]) -> dict[str, list[int]]:
@@ -197,9 +203,7 @@ class _Merge:
         """
         renderers = {name: loaded.task.renderer for name, loaded in self._engine.prompts.items()}
         on_disk = self._ids_of_tasks(ids)
-        shapes = {
-            name: TaskShape(renderer.pieces, ids.index(on_disk[name][0])) for name, renderer in renderers.items()
-        }
+        shapes = {name: TaskShape(renderer.pieces, ids.index(on_disk[name][0])) for name, renderer in renderers.items()}
         opening_ids = next(iter(renderers.values())).opening
         opening = "".join(self._backbone.tokenizer.convert_ids_to_tokens(list(opening_ids)))
         own = own_chat_template(self._backbone.tokenizer)
@@ -243,7 +247,9 @@ class _Merge:
                 "task": loaded.prompt.task.model_dump(mode="json"),
                 "fields": list(loaded.task.renderer.template.fields),
                 "optional_fields": list(loaded.task.renderer.template.optional_fields),
-                "labels": {label: tokenizer(text, add_special_tokens=False)["input_ids"] for label, text in words.items()},
+                "labels": {
+                    label: tokenizer(text, add_special_tokens=False)["input_ids"] for label, text in words.items()
+                },
                 "max_length": loaded.prompt.max_length,
             }
         description = {
@@ -261,7 +267,7 @@ class _Merge:
 
 
 def _extended(matrix: Tensor, rows: int, ids: Sequence[int], values: Tensor, filling: Tensor) -> Tensor:
-    """Return ``matrix`` [V, H] with as many ``rows``: ``values`` [P, H] at ``ids``, ``filling`` [H] in other new ones."""
+    """Return ``matrix`` [V, H] with as many ``rows``: ``values`` [P, H] at ``ids``, ``filling`` [H] elsewhere."""
     longer = torch.cat([matrix, filling.to(matrix.dtype).expand(rows - len(matrix), -1)])
     longer[torch.tensor(ids)] = values.to(matrix.dtype)
     return longer

@@ -162,9 +162,9 @@ class ModelFiles:
             OSError: it cannot be written.
         """
         for path in sorted(self.folder.iterdir()):
-            if path.is_file() and not path.name.startswith(".") and path.name not in _WRITTEN_ANEW:
-                if not path.name.endswith(_WEIGHTS):
-                    shutil.copyfile(path, target / path.name)
+            left_out = path.name.startswith(".") or path.name in _WRITTEN_ANEW or path.name.endswith(_WEIGHTS)
+            if path.is_file() and not left_out:
+                shutil.copyfile(path, target / path.name)
         if (self.folder / "README.md").is_file():
             shutil.copyfile(self.folder / "README.md", target / "README.backbone.md")
 

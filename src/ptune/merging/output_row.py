@@ -1,11 +1,13 @@
 """The row of the output head that keeps virtual tokens from ever being generated, found and held to measurement.
 
 A head has no bias in most families, so what a row gives is its product with the final hidden state h, and "never" asks
-for a row w with w·h far below zero at every h that the model comes to. Final states of a trained model lie to one side
-of the origin. The row is the least-squares one with w·h = -1, fitted again to the states that stay above it (the finite
-Newton method for squared hinge losses, Keerthi and DeCoste 2005, section 4), and then made long. Behind a final
-LayerNorm with a bias such a row exists exactly; elsewhere it depends on the model, so it is measured on states that it
-was not fitted to, with whatever the family does behind its head (scale, soft cap) done by the family itself.
+for a row w whose w·h stays far below the logsumexp of all logits at every h that the model comes to. The mean of all
+rows is below it by the logarithm of V at least, whatever h is (Jensen); from there w goes on against the states: it is
+fitted to stay below by a margin, by least squares on the states that are not yet there (the finite Newton method for
+squared hinge losses, Keerthi and DeCoste 2005, section 4). Final states of a trained model lie to one side of the
+origin, and behind a final LayerNorm with a bias such a row exists exactly; in general it depends on the model, so it is
+measured on states that it was not fitted to, with what the family does behind its head (scale, soft cap) done by the
+family itself.
 
 States come from texts that the model itself writes: from single words of its vocabulary, and from the contexts of the
 soft prompts. Shapes: B batch, T tokens, N positions, H width, V rows.
@@ -13,9 +15,9 @@ soft prompts. Shapes: B batch, T tokens, N positions, H width, V rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +29,12 @@ from ptune.generation import GenerationOptions, generate
 
 LIMIT = 1e-6
 """Most summed probability of all virtual tokens at any position."""
-_SAFE = 1e-9
-_STARTS, _WRITTEN, _BATCH = 96, 48, 8
-_LENGTHS = (1e3, 3e3, 1e4, 3e4)
+_SAFE = 1e-12
+_MARGINS = (30.0, 60.0, 1000.0)
+_RIDGES = (1e-1, 1e-3, 1e-6)
+_ROUNDS = (128, 512, 2048)
+_WRITTEN = 32
+_BATCH = 8  # texts whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -49,103 +54,128 @@ class OutputRow:
     positions: int
 
 
-def sample_texts(backbone: Backbone, contexts: Sequence[Sequence[int]], seed: int = 0) -> list[list[int]]:
-    """Return ids of texts that the model writes, sampled: behind single words, and behind the contexts given."""
+def sample_texts(backbone: Backbone, contexts: Sequence[Sequence[int]], count: int, seed: int) -> list[list[int]]:
+    """Return ids of texts: what the model writes behind ``count`` words and behind contexts, and single words."""
     generator = torch.Generator().manual_seed(seed)
-    tokenizer = backbone.tokenizer
-    words = torch.randint(len(tokenizer), (_STARTS,), generator=generator).tolist()
-    opening = tokenizer("a")["input_ids"][: -len(tokenizer("a", add_special_tokens=False)["input_ids"]) or None]
-    starts = [[*opening, word] for word in words] + [list(ids) for ids in contexts]
-    limit = backbone.context_limit
-    starts = [ids for ids in starts if limit is None or len(ids) < limit]
-    rows: list[list[int]] = []
-    for ids in _by_room(starts, limit):
-        room = _WRITTEN if limit is None else min(_WRITTEN, limit - max(map(len, ids)))
-        options = GenerationOptions(max_new_tokens=room, do_sample=True, seed=seed)
-        answers = generate(backbone, ids, options, batch_size=32)
-        rows += [[*start, *answer.ids] for start, answer in zip(ids, answers, strict=True)]
-    return rows
+    tokenizer, limit = backbone.tokenizer, backbone.context_limit
+    opening = tokenizer("a")["input_ids"][: -len(tokenizer("a", add_special_tokens=False)["input_ids"])]
+    words = torch.randint(len(tokenizer), (9 * count,), generator=generator).tolist()
+    short = [[*opening, word] for word in words[:count]]
+    singles = [[*opening, word] for word in words[count:]]
+    room = _WRITTEN if limit is None else min(_WRITTEN, limit - len(opening) - 1)
+    long = [list(ids) for ids in contexts if limit is None or len(ids) + room <= limit]
+    options = GenerationOptions(max_new_tokens=room, do_sample=True, seed=seed)
+    written = generate(backbone, [*short, *long], options, batch_size=256)
+    return [*([*start, *answer.ids] for start, answer in zip([*short, *long], written, strict=True)), *singles]
 
 
-def find_output_row(backbone: Backbone, texts: Sequence[Sequence[int]], count: int, dtype: torch.dtype) -> OutputRow:
+def find_output_row(backbone: Backbone, contexts: Sequence[Sequence[int]], count: int, dtype: torch.dtype) -> OutputRow:
     """Return the row that keeps ``count`` virtual tokens from being generated.
 
+    It is fitted to every other text and measured on the rest; where that is too little for a row of a wide model, which
+    has as many numbers that chance may fit, there come more texts.
+
     Args:
-        backbone: its table holds the virtual tokens that stand in ``texts``.
-        texts: ids of each; the row is fitted to every other one and measured on the rest.
+        backbone: its table holds the virtual tokens that stand in ``contexts``.
+        contexts: ids of some contexts of the soft prompts.
         count: virtual tokens of the whole model.
         dtype: what the row is stored in.
 
     Raises:
         BackboneError: there is none that keeps their summed probability below `LIMIT`.
     """
-    head = backbone.model.get_output_embeddings()
-    fitted, held_out = texts[::2], texts[1::2]
-    if getattr(head, "bias", None) is not None:
-        row = torch.zeros(head.weight.shape[1], dtype=dtype)
-        probability, positions = _measure(backbone, held_out, row, -1e4, count)
-        if probability < LIMIT:
-            return OutputRow(row, -1e4, probability, positions)
-    direction = _separating(_final_states(backbone, fitted))
-    best = 1.0
-    for length in _LENGTHS:
-        row = (direction * length).to(dtype)
-        probability, positions = _measure(backbone, held_out, row, 0.0, count)
-        if probability < _SAFE:
-            return OutputRow(row, None, probability, positions)
-        best = min(best, probability)
-        if best == probability and probability < LIMIT and length == _LENGTHS[-1]:
-            return OutputRow(row, None, probability, positions)
+    texts: list[list[int]] = []
+    for seed, size in enumerate(_ROUNDS):
+        texts += sample_texts(backbone, contexts, size, seed)
+        best = _best_row(backbone, texts[::2], texts[1::2], count, dtype)
+        if best.probability < LIMIT:
+            return best
     raise BackboneError(
         f'virtual tokens cannot be kept from being generated by "{backbone.name}": its final hidden states point every '
-        f"way, and the best output row still gives them a probability of {best:.1g} at one of {positions} positions; "
-        "serve it by ptune's own engine"
+        f"way, and the best output row gives them a probability of {best.probability:.1g} at one of {best.positions} "
+        "positions; serve it by ptune's own engine"
     )
 
 
-def _separating(states: Tensor) -> Tensor:
-    """Return w ``[H]`` with w·h near or below -1 for all states ``[N, H]`` float64, as far as that can be had."""
-    width = states.shape[1]
-    scale = states.square().mean()
-    identity = torch.eye(width, dtype=states.dtype, device=states.device)
-    active = torch.ones(len(states), dtype=torch.bool, device=states.device)
-    best, best_top = torch.zeros(width, dtype=states.dtype, device=states.device), float("inf")
-    for _ in range(12):
-        chosen = states[active]
-        gram = chosen.T @ chosen + 1e-4 * len(states) * scale * identity  # [H, H]
-        row = torch.linalg.solve(gram, -chosen.sum(0))
-        products = states @ row  # [N]
-        top = float(products.max() / products.mean().abs().clamp(min=1e-12))
-        if top < best_top:
-            best, best_top = row / products.mean().abs().clamp(min=1e-12), top
-        still = products > -1
-        if bool((still == active).all()) or not bool(still.any()):
+def _best_row(
+    backbone: Backbone, texts: Sequence[list[int]], held_out: Sequence[list[int]], count: int, dtype: torch.dtype
+) -> OutputRow:
+    """Return the best of a few rows that are fitted to texts, as held-out ones measure it."""
+    head = backbone.model.get_output_embeddings()
+    bias = None if getattr(head, "bias", None) is None else -1e4
+    if bias is None:
+        rows = _candidates(head.weight.detach().double().mean(0), *_final_states(backbone, texts), count)
+    else:
+        rows = iter([torch.zeros_like(head.weight[0])])
+    best = OutputRow(head.weight[0], bias, 1.0, 0)
+    for row in rows:
+        stored = row.to(dtype)
+        found = OutputRow(stored.cpu(), bias, *_measure(backbone, held_out, stored, bias or 0.0, count))
+        if found.probability <= best.probability:
+            best = found
+        if best.probability < _SAFE:
             break
-        active = still
     return best
 
 
-def _final_states(backbone: Backbone, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Return what the head is shown at every position of texts: ``[N, H]`` float64."""
+def _candidates(mean_row: Tensor, states: Tensor, evidence: Tensor, count: int) -> Iterator[Tensor]:
+    """Yield rows ``[H]``, the most promising by a share of the states kept apart first.
+
+    Args:
+        mean_row: of the head, ``[H]`` float64.
+        states: final hidden states ``[N, H]`` float64.
+        evidence: logsumexp of the logits at each, ``[N]`` float64.
+        count: virtual tokens.
+    """
+    slack = evidence - states @ mean_row - math.log(count)  # [N], by how much the mean row is below already
+    apart = torch.arange(len(states), device=states.device) % 4 == 0
+    found: list[tuple[float, int, Tensor]] = []
+    for margin in _MARGINS:
+        for ridge in _RIDGES:
+            step = _step_below(states[~apart], slack[~apart] - margin, ridge)
+            found.append((float((states[apart] @ step - slack[apart]).max()), len(found), mean_row + step))
+    yield from (row for _, _, row in sorted(found)[:3])
+
+
+def _step_below(states: Tensor, bounds: Tensor, ridge: float) -> Tensor:
+    """Return d ``[H]`` with d·h at most the bound, ``[N]``, of each state, ``[N, H]``, as far as that can be had."""
+    damping = ridge * len(states) * states.square().mean() * torch.eye(states.shape[1]).to(states)
+    active = torch.ones_like(bounds, dtype=torch.bool)
+    best, least = torch.zeros_like(states[0]), float("inf")
+    for _ in range(6):
+        chosen = states[active]
+        step = torch.linalg.solve(chosen.T @ chosen + damping, chosen.T @ bounds[active])
+        over = states @ step - bounds  # [N]
+        if float(over.max()) < least:
+            best, least = step, float(over.max())
+        if torch.equal(over > 0, active) or not bool((over > 0).any()):
+            break
+        active = over > 0
+    return best
+
+
+def _final_states(backbone: Backbone, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return what the head is shown at every position of texts, ``[N, H]``, and its logsumexp, ``[N]``, in float64."""
     states: list[Tensor] = []
-    head = backbone.model.get_output_embeddings()
+    evidence: list[Tensor] = []
 
-    def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        states.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).double())
+    def keep(_module: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> None:
+        states.append(arguments[0].detach().double())
+        evidence.append(logits.detach().float().logsumexp(-1).double())
 
-    hook = head.register_forward_pre_hook(keep)
+    hook = backbone.model.get_output_embeddings().register_forward_hook(keep)
     try:
         for ids, mask in _batches(backbone, texts):
             _logits(backbone, ids, mask)
     finally:
         hook.remove()
-    return torch.cat(states)
+    return torch.cat(states), torch.cat(evidence)
 
 
 def _measure(
     backbone: Backbone, texts: Sequence[Sequence[int]], row: Tensor, bias: float, count: int
 ) -> tuple[float, int]:
-    """Return the greatest summed probability that ``count`` tokens of output ``row`` [H] have, and at how many places."""
+    """Return the greatest summed probability of ``count`` tokens of output ``row`` [H], and at how many positions."""
     greatest, positions = 0.0, 0
     head = backbone.model.get_output_embeddings()
 
@@ -156,10 +186,10 @@ def _measure(
     hook = head.register_forward_hook(extend)
     try:
         for ids, mask in _batches(backbone, texts):
-            logits = _logits(backbone, ids, mask).double()  # [N, V + 1]
-            virtual = logits[:, -1] + torch.tensor(float(count)).log()
+            logits = _logits(backbone, ids, mask).float()  # [N, V + 1]
+            virtual = logits[:, -1] + math.log(count)
             others = logits[:, :-1].logsumexp(-1)
-            greatest = max(greatest, float((virtual - others).sigmoid().max()))
+            greatest = max(greatest, float((virtual - others).double().sigmoid().max()))
             positions += len(logits)
     finally:
         hook.remove()
@@ -176,15 +206,12 @@ def _logits(backbone: Backbone, ids: Tensor, mask: Tensor) -> Tensor:
         backbone.plan = plan
 
 
-def _batches(backbone: Backbone, texts: Sequence[Sequence[int]]) -> Any:
-    for start in range(0, len(texts), _BATCH):
-        rows = [Row(tuple(ids), (IGNORED,) * len(ids)) for ids in texts[start : start + _BATCH]]
+def _batches(backbone: Backbone, texts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ids and mask ``[B, T]`` of texts of like length, so many that their logits take little memory."""
+    ordered = sorted(texts, key=len)
+    while ordered:
+        size = _BATCH * max(1, (_WRITTEN + 2) // len(ordered[0]))
+        rows = [Row(tuple(ids), (IGNORED,) * len(ids)) for ids in ordered[:size]]
+        ordered = ordered[size:]
         batch = collate(rows, backbone.tokenizer.pad_token_id)
         yield batch.input_ids, batch.attention_mask
-
-
-def _by_room(starts: Sequence[list[int]], limit: int | None) -> list[list[list[int]]]:
-    """Return starts in two groups, so that one long context does not leave short ones without room."""
-    long = [ids for ids in starts if limit is not None and len(ids) > limit - _WRITTEN]
-    short = [ids for ids in starts if ids not in long]
-    return [group for group in (short, long) if group]

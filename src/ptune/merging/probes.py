@@ -29,7 +29,7 @@ _TEXTS = (
 
 
 def probe_records(template: Template, count: int | None = None) -> list[dict[str, str]]:
-    """Return records that fill a template's fields with odd texts, each text in each field, optional ones also empty."""
+    """Return records that fill a template's fields with odd texts, each text in each field, an empty one too."""
     fields = template.fields
     records = []
     for number in range(len(_TEXTS) if count is None else count):
@@ -58,11 +58,13 @@ def ids_agree(
     for record in probe_records(renderer.template, count):
         content, kwargs = chat_kwargs(renderer.template, record)
         messages = [{"role": "user", "content": content}]
-        found = tokenizer.apply_chat_template(
+        found: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, task=name, **kwargs
-        )["input_ids"]
+        )
         ids = uncut.context(record)
-        if list(found) != [on_disk[t - uncut.first_virtual_id] if t >= uncut.vocabulary_size else t for t in ids]:
+        if list(found["input_ids"]) != [
+            on_disk[t - uncut.first_virtual_id] if t >= uncut.vocabulary_size else t for t in ids
+        ]:
             return False
     return True
 

@@ -52,7 +52,10 @@ def readme(description: Mapping[str, Any]) -> str:
 
 
 def _table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| task | kind | user's message | other fields | ids of its virtual tokens |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| task | kind | user's message | other fields | ids of its virtual tokens |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, task in list(tasks.items())[:_LISTED]:
         first, *others = task["fields"] or ["nothing"]
         listed = [f"{other} (optional)" if other in task["optional_fields"] else other for other in others]
@@ -83,7 +86,8 @@ def _request(name: str, task: Mapping[str, Any], *, many: bool) -> str:
         body["chat_template_kwargs"] = kwargs
     return (
         "The user's message is the template's first field; others are given by name, those whose names are no plain "
-        "words under `fields`. The tasks were measured with greedy decoding, so send `temperature` 0 for their answers.\n\n"
+        "words under `fields`. The tasks were measured with greedy decoding, so send `temperature` 0 for "
+        "their answers.\n\n"
         f"```json\n{json.dumps(body, indent=2, ensure_ascii=False)}\n```"
     )
 
@@ -95,17 +99,21 @@ def _labels(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if not words:
             continue
         lines = ["| label | words | token ids |", "| --- | --- | --- |"]
-        lines += [f"| {_cell(label)} | `{json.dumps(text, ensure_ascii=False)}` | {task['labels'][label]} |" for label, text in words.items()]
+        lines += [
+            f"| {_cell(label)} | `{json.dumps(text, ensure_ascii=False)}` | {task['labels'][label]} |"
+            for label, text in words.items()
+        ]
         if all(len(ids) == 1 for ids in task["labels"].values()):
             ids = sorted(ids[0] for ids in task["labels"].values())
             how = (
-                "The label is the likeliest of these tokens, the first that the model would say. Ask for `max_tokens` 1 with "
-                f"`logprobs` and `top_logprobs` and compare theirs; where the engine has it, `allowed_token_ids: {ids}` "
-                "leaves it no other answer."
+                "The label is the likeliest of these tokens, the first that the model would say. Ask for `max_tokens` "
+                "1 with `logprobs` and `top_logprobs` and compare theirs; where the engine has it, `allowed_token_ids: "
+                f"{ids}` leaves it no other answer."
             )
         else:
             how = (
-                "A label's score is the sum of the log-probabilities of its tokens behind the context: compare what the "
+                "A label's score is the sum of the log-probabilities of its tokens behind the context: compare what "
+                "the "
                 "engine gives for the rendered prompt followed by each label's words (`prompt_logprobs`, or `echo` "
                 "with `logprobs`)."
             )
@@ -139,8 +147,8 @@ SGLang: `python -m sglang.launch_server --model-path merged`, then the same.
 TGI: `text-generation-launcher --model-id merged`. It may not pass `chat_template_kwargs` on; then render the chat by
 `tokenizer.apply_chat_template(..., tokenize=False)` and send the text to `/generate`.
 
-llama.cpp: `python convert_hf_to_gguf.py merged --outfile merged.gguf`, then `llama-server -m merged.gguf --jinja`. Where a
-family's converter leaves the output head out (see below), the answers would be wrong.
+llama.cpp: `python convert_hf_to_gguf.py merged --outfile merged.gguf`, then `llama-server -m merged.gguf
+--jinja`. Where a family's converter leaves the output head out (see below), the answers would be wrong.
 
 Whoever sends text to a plain completion endpoint renders it by the chat template first, and asks that no special tokens
 be added again (`add_special_tokens: false`)."""
@@ -162,16 +170,16 @@ def _limits(description: Mapping[str, Any]) -> str:
     rounding, tasks = description["rounding"], description["tasks"]
     limits = sorted({task["max_length"] for task in tasks.values() if task["max_length"]})
     lines = [
-        f"- Virtual tokens are never said: together they had a probability of at most {description['probability']:.1g} at "
-        f"{description['positions']} positions of text that the model wrote itself.",
-        f"- They are stored in {description['dtype']}: rounded by {rounding['relative']:.1g} of their norm, which changed "
-        f"the likeliest next token in {rounding['changed']} of {rounding['contexts']} contexts, and its "
+        f"- Virtual tokens are never said: together they had a probability of at most {description['probability']:.1g} "
+        f"at {description['positions']} positions of text that the model wrote itself.",
+        f"- They are stored in {description['dtype']}: rounded by {rounding['relative']:.1g} of their norm, which "
+        f"changed the likeliest next token in {rounding['changed']} of {rounding['contexts']} contexts, and its "
         f"log-probability by {rounding['log_probability']:.1g} at most.",
-        "- The chat template cuts nothing: a text beyond the model's context is refused by the engine, not shortened as "
-        "ptune shortens it"
-        + (f" (to {', '.join(map(str, limits))} text tokens in training)." if limits else "."),
-        f"- A text that spells the name of a virtual token, `{description['mark']}:...`, becomes it on plain completion "
-        "endpoints, and in chats with the bare model's own chat template; in a task's messages that spelling is broken "
+        "- The chat template cuts nothing: a text beyond the model's context is refused by the engine, not shortened "
+        "as ptune shortens it" + (f" (to {', '.join(map(str, limits))} text tokens in training)." if limits else "."),
+        f"- A text that spells the name of a virtual token, `{description['mark']}:...`, becomes it on plain "
+        "completion endpoints, and in chats with the bare model's own chat template; in a task's messages that "
+        "spelling is broken "
         "by a blank.",
         "- A system message, tools or pictures have no place in a task's template and are refused.",
         "- Licence and card of the backbone are its own; its card is in `README.backbone.md`, where it had one.",

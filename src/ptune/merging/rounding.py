@@ -69,7 +69,7 @@ def on_disk_rows(backbone: Backbone, rows: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def rounding_cost(engine: Engine, rows: Tensor, stored: Tensor, contexts: Sequence[Sequence[int]]) -> Rounding:
-    """Return what it costs that ``rows`` [P, H] of all prompts of an engine, in their order, become ``stored`` [P, H]."""
+    """Return what it costs that an engine's ``rows`` [P, H], in the order of its prompts, become ``stored`` [P, H]."""
     backbone = engine.backbone
     rounded = stored.float() * embedding_scale(backbone)
     relative = float((rounded - rows).norm() / rows.norm())

@@ -79,7 +79,9 @@ class TensorFile:
         """
         dtypes = {name: entry["dtype"] for name, entry in self.entries.items()}
         dtypes |= {name: _NAMES[tensor.dtype] for name, tensor in changed.items()}
-        order = sorted(dtypes, key=lambda name: (-_bits(dtypes[name]), name))  # wide ones first, so that all are aligned
+        order = sorted(
+            dtypes, key=lambda name: (-_bits(dtypes[name]), name)
+        )  # wide ones first, so that all are aligned
         header: dict[str, Any] = {} if self.metadata is None else {"__metadata__": self.metadata}
         place = 0
         for name in order:
@@ -94,7 +96,7 @@ class TensorFile:
             file.write(encoded)
             for name in order:
                 if name in changed:
-                    file.write(changed[name].contiguous().view(torch.uint8).numpy())
+                    file.write(changed[name].contiguous().view(torch.uint8).numpy().tobytes())
                 else:
                     source.seek(self.start + self.entries[name]["data_offsets"][0])
                     _copy(source, file, self._size(name))

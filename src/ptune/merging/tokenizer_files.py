@@ -35,7 +35,7 @@ def add_tokens(folder: Path, names: Sequence[str]) -> list[int]:
     tokenizer = load_tokenizer(folder)
     if tokenizer.add_tokens([_special(name) for name in names], special_tokens=True) != len(names):
         raise BackboneError("the tokenizer already has tokens named like the virtual ones; merge into the plain model")
-    ids: list[int] = tokenizer.convert_tokens_to_ids(list(names))
+    ids = [int(number) for number in tokenizer.convert_tokens_to_ids(list(names))]  # type: ignore[union-attr]
     if (folder / _TOKENIZER).is_file():
         # Its own files with what is new in them, as any version of any engine reads them; save_pretrained writes those
         # of this version of transformers.
@@ -50,7 +50,10 @@ def add_tokens(folder: Path, names: Sequence[str]) -> list[int]:
     else:
         tokenizer.save_pretrained(folder)
     again = load_tokenizer(folder)
-    if again.convert_tokens_to_ids(list(names)) != ids or again("".join(names), add_special_tokens=False)["input_ids"] != ids:
+    if (
+        again.convert_tokens_to_ids(list(names)) != ids
+        or again("".join(names), add_special_tokens=False)["input_ids"] != ids
+    ):
         raise BackboneError("the tokenizer does not give added tokens back as it got them, so nothing can be merged")
     return ids
 
