@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ptune.merging.chat_template import TaskShape, Words, chat_template, kwarg_of
 from ptune.merging.probes import chat_kwargs, ids_agree, probe_records
-from ptune.merging.tokenizer_files import add_tokens, load_tokenizer, token_names, write_chat_template
+from ptune.merging.tokenizer_files import (
+    add_tokens,
+    as_text,
+    load_tokenizer,
+    opening_ids,
+    token_names,
+    write_chat_template,
+)
 from ptune.rendering import Renderer
 from ptune.template import Template
 
@@ -64,9 +71,10 @@ class Folder:
             self.ids[name] = on_disk[start : start + template.num_virtual_tokens]
             shapes[name] = TaskShape(self.renderers[name].pieces, start)
             start += template.num_virtual_tokens
-        opening = "".join(tokenizer.convert_ids_to_tokens(list(self.renderers[name].opening)))
+        bos = as_text(tokenizer, next((each.opening for each in self.renderers.values() if each.opening), ()))
+        opening = as_text(tokenizer, opening_ids(tokenizer))
         own = words.pop("own", None)
-        write_chat_template(path, chat_template(shapes, Words(MARK, opening, **words), own))
+        write_chat_template(path, chat_template(shapes, Words(MARK, bos, opening, **words), own))
         self.tokenizer = load_tokenizer(path)
 
     def render(self, *contents: str, **kwargs: Any) -> str:
@@ -123,8 +131,7 @@ def test_a_text_that_spells_a_virtual_token_does_not_become_one(tmp_path: Path) 
         ids = folder.tokenizer(folder.render(spelt, task=task), add_special_tokens=False)["input_ids"]
         virtual = [token for token in ids if token >= min(folder.ids["chat"])]
         assert virtual == folder.ids[task]
-    parts = {"second": f"{MARK[5:]}:4|>", "third": "x", "kind of note": ""}
-    joined = folder.render(MARK[:5], task="pair", second=parts["second"], third="x")
+    joined = folder.render("x", task="pair", second=MARK[:5], third=f"{MARK[5:]}:4|>")
     ids = folder.tokenizer(joined, add_special_tokens=False)["input_ids"]
     assert [token for token in ids if token >= min(folder.ids["chat"])] == folder.ids["pair"]
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from merged_models import TOKENS, on_disk, soft_prompt
-from safetensors import safe_open
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +21,7 @@ from ptune import Engine, GenerationOptions, MergedModel, merge_prompts
 from ptune.backbone import Backbone
 from ptune.errors import BackboneError, OutputError, SoftPromptError
 from ptune.merging import output_row
+from ptune.merging.tensor_files import TensorFile
 
 CHAT = "[P*3]Human: {instruction}[?\n{input}]\nAssistant:{answer}"
 TEXTS = ["The film was a quiet wonder", "苹果很新鲜", "Give three tips"]
@@ -104,10 +104,9 @@ def test_hundreds_of_prompts_stand_in_one_folder_and_the_rest_of_a_sharded_model
         )
         for number in range(400)
     }
-    began = time.perf_counter()
+    began = time.process_time()
     merged = merge_prompts(prompts, tmp_path / "merged", backbone=backbone)
-    seconds = time.process_time()
-    assert time.perf_counter() - began < 600, seconds
+    assert time.process_time() - began < 60
     assert len({token for task in merged.tasks.values() for token in task}) == 800
     shards = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
     assert 1 <= len(merged.rewritten) <= 2 < len(shards)
@@ -116,8 +115,7 @@ def test_hundreds_of_prompts_stand_in_one_folder_and_the_rest_of_a_sharded_model
         assert same == (shard not in merged.rewritten), shard
     index = json.loads((merged.folder / "model.safetensors.index.json").read_text())
     for shard in shards:
-        with safe_open(merged.folder / shard, "pt") as file:
-            assert all(index["weight_map"][name] == shard for name in file.offset_keys())
+        assert all(index["weight_map"][name] == shard for name in TensorFile.open(merged.folder / shard).entries)
     with Engine(backbone) as engine:
         for name in ("task 7", "task 398"):
             engine.add(name, prompts[name])

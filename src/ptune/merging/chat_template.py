@@ -51,11 +51,13 @@ class Words:
 
     Attributes:
         mark: what every virtual token's name begins with.
-        opening: the tokens that a tokenizer puts first, as text.
+        bos: what stands for [bos] in a template, as text.
+        opening: the tokens that a tokenizer puts before any text, as text; often the same, or nothing.
         leading_blank: a text behind a special token needs a blank in front to be tokenised as if it stood alone.
     """
 
     mark: str
+    bos: str
     opening: str
     leading_blank: bool = False
 
@@ -153,7 +155,7 @@ def _turn(pieces: Sequence[Piece], words: Words) -> Iterator[str]:
             yield "{{- " + _literal(words.mark + ":") + " ~ k ~ '|>' -}}{%- endfor -%}{%- endif -%}"
             offset += count
         elif piece_kind == "bos":
-            yield "{%- if loop.first -%}" + _said(words) + "{{- " + _literal(words.opening) + " -}}{%- endif -%}"
+            yield "{%- if loop.first -%}" + _said(words) + "{{- " + _literal(words.bos) + " -}}{%- endif -%}"
 
 
 def _put_in(pieces: Sequence[Field | Optional], values: Mapping[str, str]) -> Iterator[str]:

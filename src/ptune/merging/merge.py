@@ -35,7 +35,9 @@ from ptune.merging.readme import readme
 from ptune.merging.rounding import Rounding, on_disk_rows, rounding_cost
 from ptune.merging.tokenizer_files import (
     add_tokens,
+    as_text,
     load_tokenizer,
+    opening_ids,
     own_chat_template,
     token_names,
     write_chat_template,
@@ -180,8 +182,8 @@ class _Merge:
 
     def _check_free(self, ids: Sequence[int]) -> None:
         config = self._backbone.model.config.get_text_config()
-        used = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "decoder_start")}
-        taken = used & set(ids)
+        used = {getattr(config, f"{name}_token_id", None) for name in ("bos", "pad", "decoder_start")}
+        taken = {*used, *end_ids(self._files.folder, None)} & set(ids)
         if taken:
             raise BackboneError(
                 f'the config of "{self._backbone.name}" gives a meaning to the id {next(iter(taken))}, which its '
@@ -204,12 +206,13 @@ class _Merge:
         renderers = {name: loaded.task.renderer for name, loaded in self._engine.prompts.items()}
         on_disk = self._ids_of_tasks(ids)
         shapes = {name: TaskShape(renderer.pieces, ids.index(on_disk[name][0])) for name, renderer in renderers.items()}
-        opening_ids = next(iter(renderers.values())).opening
-        opening = "".join(self._backbone.tokenizer.convert_ids_to_tokens(list(opening_ids)))
+        tokenizer = self._backbone.tokenizer
+        bos = as_text(tokenizer, next((r.opening for r in renderers.values() if r.opening), ()))
+        opening = as_text(tokenizer, opening_ids(tokenizer))
         own = own_chat_template(self._backbone.tokenizer)
         one_of_each = {shape.pieces: name for name, shape in shapes.items()}.values()
         for leading_blank in (False, True):
-            write_chat_template(folder, chat_template(shapes, Words(mark, opening, leading_blank), own))
+            write_chat_template(folder, chat_template(shapes, Words(mark, bos, opening, leading_blank), own))
             tokenizer = load_tokenizer(folder)
             if all(ids_agree(tokenizer, name, renderers[name], on_disk[name]) for name in one_of_each):
                 break

@@ -26,6 +26,7 @@ from ptune.backbone import Backbone
 from ptune.batch import IGNORED, Row, collate
 from ptune.errors import BackboneError
 from ptune.generation import GenerationOptions, generate
+from ptune.merging.tokenizer_files import opening_ids
 
 LIMIT = 1e-6
 """Most summed probability of all virtual tokens at any position."""
@@ -58,7 +59,7 @@ def sample_texts(backbone: Backbone, contexts: Sequence[Sequence[int]], count: i
     """Return ids of texts: what the model writes behind ``count`` words and behind contexts, and single words."""
     generator = torch.Generator().manual_seed(seed)
     tokenizer, limit = backbone.tokenizer, backbone.context_limit
-    opening = tokenizer("a")["input_ids"][: -len(tokenizer("a", add_special_tokens=False)["input_ids"])]
+    opening = opening_ids(tokenizer)
     words = torch.randint(len(tokenizer), (9 * count,), generator=generator).tolist()
     short = [[*opening, word] for word in words[:count]]
     singles = [[*opening, word] for word in words[count:]]

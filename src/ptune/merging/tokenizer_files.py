@@ -74,6 +74,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that a tokenizer puts before any text by itself."""
+    plain, special = (tokenizer("a", add_special_tokens=own)["input_ids"] for own in (False, True))
+    starts = (start for start in range(len(special)) if special[start : start + len(plain)] == plain)
+    return list(special[: next(starts, 0)])
+
+
+def as_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return special tokens as they are written in a text."""
+    return "".join(tokenizer.convert_ids_to_tokens(list(ids)))
+
+
 def own_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the model's own chat template; of several the default one, and None where it has none."""
     own = tokenizer.chat_template
