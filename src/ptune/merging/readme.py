@@ -12,8 +12,8 @@ from typing import Any
 from ptune.merging.chat_template import kwarg_of
 
 _LISTED = 50
-_SKIPS_HEAD = {"gpt2": "GPT-2", "bloom": "BLOOM", "gemma": "Gemma", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3"}
-"""Families for which engines take the output head to be the input matrix, whatever the folder holds."""
+_SKIPS_HEAD = {"gpt2": "GPT-2", "bloom": "BLOOM", "opt": "OPT", "gemma": "Gemma", "gemma2": "Gemma 2"}
+"""Families for which some versions of vLLM take the output head to be the input matrix, whatever the folder holds."""
 
 
 def readme(description: Mapping[str, Any]) -> str:
@@ -160,8 +160,8 @@ def _head_warning(description: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"**{family} outside of transformers.** The output head was the input matrix and is now one of its own "
-        "(`tie_word_embeddings` is false), for otherwise virtual tokens could be generated. Several versions of other "
-        f"engines leave a {family} output head out when they load one, or refuse such a folder. Compare a few greedy "
+        "(`tie_word_embeddings` is false), for otherwise virtual tokens could be generated. Some versions of "
+        f"vLLM leave a {family} output head out when they load one, or refuse such a folder. Compare a few greedy "
         "answers with transformers' before you rely on another engine for it."
     ]
 
