@@ -101,17 +101,21 @@ def merge_prompts(
     check_place(output, overwrite=overwrite)
     named = _named(prompts)
     if backbone is None:
-        backbone = next(iter(named.values())).backbone_name
+        prompt = next(iter(named.values()))
+        revision = (prompt.summary.get("model") or {}).get("revision")
+        backbone = ModelConfig(name=prompt.backbone_name, revision=revision)
     kind = next(iter(named.values())).fingerprint.get("kind")
     if kind != CAUSAL.name:
         raise SoftPromptError(
             f"a prompt of a model of kind {kind} cannot be merged, for a merged model is one that engines let chat; "
             "use it in ptune's own engine"
         )
-    if not isinstance(backbone, Backbone):
-        source_folder(backbone if isinstance(backbone, str) else backbone.name)  # refused before a long load
-        backbone = Backbone.load(backbone)
-    source = source_folder(backbone.name)
+    if isinstance(backbone, Backbone):
+        source = source_folder(backbone.name)
+    else:
+        model = ModelConfig(name=backbone) if isinstance(backbone, str) else backbone
+        source = source_folder(model.name, model.revision)  # refused before a long load
+        backbone = Backbone.load(model)
     with Engine(backbone) as engine:
         for name, prompt in named.items():
             try:

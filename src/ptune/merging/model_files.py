@@ -30,8 +30,8 @@ _WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", "
 _WRITTEN_ANEW = {"config.json", "generation_config.json", "README.md", _INDEX}
 
 
-def source_folder(name: str) -> Path:
-    """Return the folder of a backbone that the user called ``name``; one of the Hub as it lies in its cache.
+def source_folder(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a backbone that the user called ``name``; one of the Hub as its cache has that revision.
 
     Raises:
         BackboneError: it is not stored as safetensors.
@@ -42,7 +42,7 @@ def source_folder(name: str) -> Path:
 
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*"]
         try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise BackboneError(f'cannot find the files of "{name}": {reason}; give its folder by --model') from error
