@@ -61,6 +61,7 @@ def virtual_probability(merged: MergedModel) -> tuple[float, int]:
         ("bloom", True, TOKENS),
         ("opt", True, 352),
         ("gpt_neox", False, TOKENS),
+        ("gpt_neox", True, 352),
         ("llama", True, TOKENS),
         ("llama", False, 352),
         ("mistral", False, TOKENS),

@@ -27,7 +27,9 @@ from ptune.virtual_tokens import input_matrix
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".safetensors", ".index.json")
-_WRITTEN_ANEW = {"config.json", "generation_config.json", "README.md", _INDEX}
+_HEADS = {"gpt_neox": "embed_out.weight"}
+"""What the output head is called on disk where transformers calls it otherwise in memory."""
+_WRITTEN_ANEW = {"generation_config.json", "README.md", _INDEX}
 
 
 def source_folder(name: str, revision: str | None = None) -> Path:
@@ -88,8 +90,11 @@ class ModelFiles:
         shards = _shards(folder)
         (head_name,) = [f"{name}.weight" for name, module in model.named_modules() if module is head]
         names = [name for name in _names(model, input_matrix(model)) if name != head_name]
-        matrix = _stored(shards, names, model.base_model_prefix)
+        matrix = _stored(shards, names, model.base_model_prefix) or _alike(folder, shards, input_matrix(model))
         stored_head = _stored(shards, [head_name], model.base_model_prefix)
+        if stored_head is None and not tied:
+            stored_head = _alike(folder, shards, head.weight)
+        head_name = _HEADS.get(model.config.model_type, head_name)
         bias = getattr(head, "bias", None)
         bias_name = None if bias is None else _stored(shards, _names(model, bias), model.base_model_prefix)
         missing = matrix is None or (not tied and stored_head is None) or (bias is not None and bias_name is None)
@@ -158,6 +163,8 @@ class ModelFiles:
     def copy_others(self, target: Path) -> None:
         """Copy what else stands in the folder: tokenizer, code, licence; the model's own card under another name.
 
+        The config is among it, for the class of a tokenizer may follow from it; `write_config` writes it anew.
+
         Raises:
             OSError: it cannot be written.
         """
@@ -193,6 +200,17 @@ def _stored(shards: dict[str, str], names: Iterable[str], prefix: str) -> str | 
         for stored in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
             if stored in shards:
                 return stored
+    return None
+
+
+def _alike(folder: Path, shards: dict[str, str], parameter: Tensor) -> str | None:
+    """Return what a matrix [V, H] is called on disk where transformers renames it as it loads: what equals it."""
+    for name, shard in shards.items():
+        file = TensorFile.open(folder / shard)
+        entry = file.entries[name]
+        possible = entry["shape"] == list(parameter.shape) and entry["dtype"] in FLOATS
+        if possible and torch.equal(file.read(name).to(parameter.dtype), parameter.cpu()):
+            return name
     return None
 
 

@@ -143,7 +143,7 @@ def _step_below(states: Tensor, bounds: Tensor, ridge: float) -> Tensor:
     damping = ridge * len(states) * states.square().mean() * torch.eye(states.shape[1]).to(states)
     active = torch.ones_like(bounds, dtype=torch.bool)
     best, least = torch.zeros_like(states[0]), float("inf")
-    for _ in range(6):
+    for _ in range(25):
         chosen = states[active]
         step = torch.linalg.solve(chosen.T @ chosen + damping, chosen.T @ bounds[active])
         over = states @ step - bounds  # [N]
