@@ -79,7 +79,8 @@ def test_a_merged_model_says_what_the_engine_says_and_no_virtual_token(
         "film": soft_prompt(backbone, "{text}[P*2] so[P*30]{answer}", 32, seed=1, labels=True),
     }
     merged = merge_prompts(prompts, tmp_path / "merged", backbone=backbone)
-    assert merged.tasks["chat"] == [TOKENS, TOKENS + 1, TOKENS + 2]
+    first = len(backbone.tokenizer)
+    assert merged.tasks["chat"] == [first, first + 1, first + 2]
     assert merged.rows % 64 == 0
     assert merged.untied == tied
     with Engine(backbone) as engine:

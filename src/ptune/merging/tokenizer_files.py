@@ -47,15 +47,17 @@ def add_tokens(folder: Path, names: Sequence[str]) -> list[int]:
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"] |= {str(n): _flags(name) for n, name in zip(ids, names, strict=True)}
             write_json(folder / _CONFIG, config)
-    else:
-        tokenizer.save_pretrained(folder)
-    again = load_tokenizer(folder)
-    if (
-        again.convert_tokens_to_ids(list(names)) != ids
-        or again("".join(names), add_special_tokens=False)["input_ids"] != ids
-    ):
-        raise BackboneError("the tokenizer does not give added tokens back as it got them, so nothing can be merged")
+    if not _has(folder, names, ids):
+        tokenizer.save_pretrained(folder)  # a class that reads its own files otherwise, or that has no tokenizer.json
+        if not _has(folder, names, ids):
+            raise BackboneError("the tokenizer does not give added tokens back as it got them; nothing can be merged")
     return ids
+
+
+def _has(folder: Path, names: Sequence[str], ids: Sequence[int]) -> bool:
+    tokenizer = load_tokenizer(folder)
+    read = tokenizer("".join(names), add_special_tokens=False)["input_ids"]
+    return list(read) == list(ids) == tokenizer.convert_tokens_to_ids(list(names))
 
 
 def write_chat_template(folder: Path, template: str) -> None:
