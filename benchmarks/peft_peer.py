@@ -71,14 +71,20 @@ class PeftPeer:
         optimizer.zero_grad()
         return loss.item()
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, *, positions: Tensor) -> Tensor:
-        """Return the logits ``[N, V]`` after the tokens at ``positions`` ([B, T] bool), the virtual tokens in front."""
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, *, positions: Tensor, columns: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits ``[N, V]`` after the tokens at ``positions`` ([B, T] bool), the virtual tokens in front.
+
+        Those of ``columns`` ([C] int64) alone where they are given.
+        """
         self.model.eval()
         device = self.backbone.device
         logits = self.model(
             input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
         ).logits
-        return logits[:, self.virtual_tokens :][positions.to(device)]
+        logits = logits[:, self.virtual_tokens :][positions.to(device)]
+        return logits if columns is None else logits[:, columns.to(device)]
 
     def rows(self) -> Tensor:
         """Return the virtual tokens ``[P, H]`` that the encoder now gives."""

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
@@ -71,7 +72,7 @@ def start(folder: Path, config: RunConfig, mode: str = "new") -> subprocess.Pope
     launcher += ["--rdzv-endpoint", "localhost:0"]
     command = [*launcher, str(folder / "script.py"), str(file), mode]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.parametrize("template", ["{text}[P*4]{answer}", "[P*4]{text}{answer}"])
@@ -98,7 +99,8 @@ def test_a_stopped_run_of_two_processes_is_gone_on_with(folder: Path, tmp_path: 
     while process.poll() is None and not checkpoint.exists():
         time.sleep(0.01)
     time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.send_signal(signal.SIGKILL)  # the launcher's own processes have sessions of their own
     process.communicate()
     assert not (broken.output / "ptune.json").exists()
     _, errors = (process := start(folder, broken, "resume")).communicate(timeout=300)

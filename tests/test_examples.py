@@ -23,6 +23,7 @@ FILES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
 DATA_SETS = {
     "alpaca_zh_bloom.yaml": "alpaca_zh",
     "shopping_categories.yaml": "shopping_zh",
+    "sst2_deep.yaml": "sst2",
     "sst2_mini.yaml": "sst2",
 }
 """Folders of the data sets of examples that are not called as theirs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ P = 5
 
 
 LIMIT = {torch.float64: 1e-9, torch.float32: 1e-5}
+UNEVEN, EVEN = (24, 14, 11), (24, 24, 23)
 SHAPES = {
-    "in front": ("shared prefix", lambda words, virtual: [*virtual, *words]),
+    "in front": ("packed rows", lambda words, virtual: [*virtual, *words]),
     "behind": ("frozen context", lambda words, virtual: [*words[:-2], *virtual, *words[-2:]]),
-    "both": ("shared prefix", lambda words, virtual: [*virtual[:3], *words[:-2], *virtual[3:], *words[-2:]]),
+    "both": ("packed rows", lambda words, virtual: [*virtual[:3], *words[:-2], *virtual[3:], *words[-2:]]),
     "two runs": (
         "frozen context",
         lambda words, virtual: [*words[:-3], *virtual[:2], words[-3], *virtual[2:], *words[-2:]],
@@ -42,7 +44,7 @@ def prompted_model(family: str, dtype: torch.dtype = torch.float64, **encoder: o
     return PromptedModel(backbone, build_encoder(settings, initial, 0).to(dtype))
 
 
-def batch(prompted: PromptedModel, shape: Shape, lengths: tuple[int, ...] = (24, 14, 11)) -> tuple[Tensor, ...]:
+def batch(prompted: PromptedModel, shape: Shape, lengths: tuple[int, ...] = UNEVEN) -> tuple[Tensor, ...]:
     """Ids, mask and labels of rows whose last two tokens are supervised."""
     virtual = list(range(prompted.first_virtual_id, prompted.first_virtual_id + P))
     generator = torch.Generator().manual_seed(7)
@@ -80,8 +82,102 @@ def test_a_plan_gives_the_reference_s_loss_and_gradients(family: str, name: str,
         data = batch(prompted, shape)
         expected = loss_and_gradients(prompted, "reference", data)
         ours = loss_and_gradients(prompted, "auto", data)
+        if family == "bloom" and expected_plan == "packed rows":
+            expected_plan = "shared prefix"
         assert prompted.backbone.plans.last == expected_plan
         assert_same(ours, expected, LIMIT[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", ["in front", "both"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_with_little_padding_share_their_prefix(family: str, name: str, dtype: torch.dtype) -> None:
+    with prompted_model(family, dtype) as prompted:
+        data = batch(prompted, SHAPES[name][1], EVEN)
+        expected = loss_and_gradients(prompted, "reference", data)
+        ours = loss_and_gradients(prompted, "auto", data)
+        assert prompted.backbone.plans.last == "shared prefix"
+        assert_same(ours, expected, LIMIT[dtype])
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 4])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bloom"])
+def test_packed_rows_share_a_prefix_of_any_length(family: str, prefix: int) -> None:
+    def shape(words: list[int], virtual: list[int]) -> list[int]:  # the rest stands where no plan looks for it
+        return [*virtual[:prefix], words[0], *virtual[prefix:], *words[1:]]
+
+    with prompted_model(family) as prompted:
+        data = batch(prompted, shape, (30, 3, 9, 17))
+        expected = loss_and_gradients(prompted, "reference", data)
+        ours = loss_and_gradients(prompted, "auto", data)
+        assert prompted.backbone.plans.last == "packed rows"
+        assert_same(ours, expected, 1e-9)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bloom"])
+def test_packed_rows_may_be_padded_on_the_left_and_read_anywhere(family: str) -> None:
+    with prompted_model(family) as prompted:
+        ids, mask, labels = batch(prompted, SHAPES["in front"][1])
+        right = prompted.token_log_probabilities(ids, mask)
+        assert prompted.backbone.plans.last == "packed rows"
+        prompted.backbone.plan = "reference"
+        assert torch.allclose(right, prompted.token_log_probabilities(ids, mask), rtol=1e-9, equal_nan=True)
+        prompted.backbone.plan = "auto"
+        left_ids, left_mask = (
+            torch.stack([row.roll(int((mask[n] == 0).sum())) for n, row in enumerate(t)]) for t in (ids, mask)
+        )
+        left = prompted.token_log_probabilities(left_ids, left_mask)
+        assert prompted.backbone.plans.last == "packed rows"
+        assert torch.allclose(left[left_mask.bool()], right[mask.bool()], rtol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_positions_at_pads_keep_their_place_in_the_answer(name: str) -> None:
+    with prompted_model("llama") as prompted:
+        ids, mask, _ = batch(prompted, SHAPES[name][1])
+        positions = torch.zeros_like(mask, dtype=torch.bool)
+        positions[:, -1] = True  # a pad in all rows but the first
+        found = prompted(ids, mask, positions=positions)
+        prompted.backbone.plan = "reference"
+        expected = prompted(ids, mask, positions=positions)
+        assert found.shape == expected.shape
+        assert torch.allclose(found[0], expected[0], rtol=1e-9)
+
+
+def test_the_attention_setting_is_undone_after_an_error_too() -> None:
+    with prompted_model("llama") as prompted:
+        model, data = prompted.backbone.model, batch(prompted, SHAPES["in front"][1])
+        before = model.config._attn_implementation
+        loss_and_gradients(prompted, "auto", data)
+        assert prompted.backbone.plans.last == "packed rows"
+        assert model.config._attn_implementation == before
+        hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss_and_gradients(prompted, "auto", data)
+        hook.remove()
+        assert model.config._attn_implementation == before
+        assert_same(loss_and_gradients(prompted, "auto", data), loss_and_gradients(prompted, "reference", data), 1e-9)
+
+
+def test_a_model_whose_attention_knows_no_packing_never_packs() -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    for layer in model.model.layers:
+        own = layer.self_attn.forward
+
+        def deaf(*arguments: Any, own: Any = own, **options: Any) -> Any:  # as a folder's own code may be
+            options.pop("packing", None)
+            name, config = model.config._attn_implementation, model.config
+            config._attn_implementation = "sdpa"
+            try:
+                return own(*arguments, **options)
+            finally:
+                config._attn_implementation = name
+
+        layer.self_attn.forward = deaf
+    backbone = Backbone(model, tiny_tokenizer(), "deaf")
+    with PromptedModel(backbone, build_encoder(EncoderConfig(), backbone.embeddings(torch.arange(P)), 0)) as prompted:
+        prompted(*batch(prompted, SHAPES["in front"][1])[:2], labels=batch(prompted, SHAPES["in front"][1])[2])
+        assert backbone.plans.last == "shared prefix"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "llama", "qwen3"])
@@ -146,18 +242,10 @@ def test_what_no_plan_gives_goes_by_the_reference() -> None:
     with prompted_model("llama") as prompted:
         backbone = prompted.backbone
         ids, mask, labels = batch(prompted, SHAPES["in front"][1])
-        padded_left = [
-            torch.stack([row.roll(int((mask[n] == 0).sum())) for n, row in enumerate(t)]) for t in (ids, mask)
-        ]
-        expected = prompted.token_log_probabilities(ids, mask)
-        backbone.plan = "reference"
-        reference = prompted.token_log_probabilities(ids, mask)
-        backbone.plan = "auto"
-        assert torch.allclose(expected, reference, rtol=1e-9, atol=1e-12, equal_nan=True)
-        prompted(*padded_left, positions=padded_left[1].bool())
+        even = batch(prompted, SHAPES["in front"][1], EVEN)[:2]
+        prompted(*(tensor.roll(1, -1) for tensor in even), positions=even[1].roll(1, -1).bool())  # padded on the left
         assert backbone.plans.last == "reference"
-        everywhere = mask.bool()
-        prompted(ids, mask, positions=everywhere)  # the virtual tokens' own places are asked for
+        prompted(*even, positions=even[1].bool())  # the virtual tokens' own places are asked for
         assert backbone.plans.last == "reference"
         backbone.enable_gradient_checkpointing()
         prompted(ids, mask, labels=labels)

@@ -118,6 +118,28 @@ def test_the_saved_prompt_is_the_best_evaluation_not_the_last(folder: Path, tmp_
     assert prompt.summary["after"]["accuracy"] == best["accuracy"]
 
 
+def test_each_plan_is_told_once_with_its_reason(folder: Path, tmp_path: Path) -> None:
+    class Plans(Reporter):
+        def __init__(self) -> None:
+            self.told: list[tuple[str, str]] = []
+
+        def planned(self, plan: str, why: str) -> None:
+            self.told.append((plan, why))
+
+    for plan in ("auto", "reference"):
+        config = settings(folder, tmp_path / plan, plan=plan, max_steps=3, evaluations=1)
+        in_front = config.prompt.model_copy(update={"template": "[P*4]{text}{answer}"})
+        heard = Plans()
+        train(config.model_copy(update={"prompt": in_front}), reporter=heard)
+        names = [name for name, _ in heard.told]
+        assert len(names) == len(set(names)) > 0
+        if plan == "reference":
+            assert heard.told == [("reference", "training.plan says so")]
+        else:
+            assert set(names) <= {"packed rows", "shared prefix"}
+            assert all("4 virtual tokens open every row" in why for _, why in heard.told)
+
+
 def test_the_same_seed_gives_the_same_prompt_and_another_seed_another(folder: Path, tmp_path: Path) -> None:
     one, same, other = (
         train(settings(folder, tmp_path / name, seed=seed)).rows for name, seed in (("a", 1), ("b", 1), ("c", 2))

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.chat_template import in_chat
-from ptune.config import ClassificationConfig, RunConfig, label_text
+from ptune.config import ClassificationConfig, RunConfig, StartConfig, label_text
 from ptune.data import Record, data_hash, draw, draw_shots, has_split, load_records, split_dev
-from ptune.encoder import build_encoder
+from ptune.deep_encoder import DeepEncoder, build_deep_encoder
+from ptune.deep_prompts import check_deep_template
+from ptune.deep_start import check_deep_family, keys_and_values_of
+from ptune.encoder import PromptEncoder, build_encoder
 from ptune.errors import ConfigError, DataError
 from ptune.initial_rows import initial_rows
 from ptune.prompted_model import PromptedModel
@@ -63,8 +66,7 @@ def assemble(
     """
     template = template_for(config, backbone)
     train, dev = records or read_records(config, template)
-    encoder = build_encoder(config.prompt.encoder, start_rows(config, backbone, template), config.training.seed)
-    prompted = PromptedModel(backbone, encoder)
+    prompted = PromptedModel(backbone, build_prompt_encoder(config, backbone, template))
     try:
         task = build_task(config, template, backbone, prompted.first_virtual_id)
         examples = [example for record in train if (example := task.example(record)) is not None]
@@ -95,8 +97,11 @@ def template_for(config: RunConfig, backbone: Backbone) -> Template:
 
     Raises:
         ConfigError: as `in_chat`.
+        TemplateError: a deep prompt's virtual tokens stand elsewhere than in front.
     """
     template = Template.parse(config.prompt.template)
+    if config.prompt.deep:
+        check_deep_template(template)
     return in_chat(template, backbone.tokenizer, config.prompt.system) if config.prompt.chat else template
 
 
@@ -110,7 +115,36 @@ def build_task(config: RunConfig, template: Template, backbone: Backbone, first_
         first_virtual_id=first_virtual_id,
         max_length=prompt.max_length,
         overlong=prompt.overlong,
+        deep=prompt.deep,
     )
+
+
+def build_prompt_encoder(config: RunConfig, backbone: Backbone, template: Template) -> PromptEncoder | DeepEncoder:
+    """Return the encoder of the run's virtual tokens, at its start.
+
+    A deep prompt goes on from another one's keys and values, or else starts from those of the initial rows.
+
+    Raises:
+        BackboneError: the prompt is deep, and the family takes none.
+        ConfigError: an mlp without residual should start from a deep prompt, which has no rows for it.
+        SoftPromptError: the prompt to start from does not fit.
+    """
+    settings, seed = config.prompt, config.training.seed
+    if not settings.deep:
+        return build_encoder(settings.encoder, start_rows(config, backbone, template), seed)
+    check_deep_family(backbone)
+    source = _source(settings.start.prompt, backbone, template) if settings.start.prompt else None
+    if source is None or source.deep is None:
+        rows = start_rows(config, backbone, template)
+        values, shape = keys_and_values_of(backbone, rows)
+        return build_deep_encoder(settings.encoder, shape, rows, values, seed)
+    if settings.encoder.type == "mlp" and not settings.encoder.residual:
+        raise ConfigError(
+            f'"{settings.start.prompt}" is a deep prompt, from whose keys and values an mlp cannot start unless it is '
+            "residual; set prompt.encoder.residual to true, or prompt.encoder.type to embedding"
+        )
+    rows = start_rows(config, backbone, template, StartConfig())  # for an mlp to read
+    return build_deep_encoder(settings.encoder, source.deep, rows, source.rows, seed)
 
 
 def read_records(config: RunConfig, template: Template) -> tuple[list[Record], list[Record]]:
@@ -141,23 +175,23 @@ def read_records(config: RunConfig, template: Template) -> tuple[list[Record], l
     return train, dev
 
 
-def start_rows(config: RunConfig, backbone: Backbone, template: Template) -> Tensor:
-    """Return the rows ``[P, H]`` float32 that the virtual tokens start from."""
+def start_rows(config: RunConfig, backbone: Backbone, template: Template, start: StartConfig | None = None) -> Tensor:
+    """Return the rows ``[P, H]`` float32 that the virtual tokens start from, as ``start`` or the config says."""
     words = list(config.task.verbalizer.values()) if isinstance(config.task, ClassificationConfig) else []
     return initial_rows(
-        config.prompt.start,
+        start or config.prompt.start,
         template.num_virtual_tokens,
         embeddings=backbone.embeddings,
         tokenizer=backbone.tokenizer,
         vocabulary_size=backbone.vocabulary_size,
         label_words=words,
-        prompt_rows=lambda folder: _rows_of(folder, backbone, template),
+        prompt_rows=lambda folder: _source(folder, backbone, template).input_rows,
         seed=config.training.seed,
     )
 
 
-def _rows_of(folder: str, backbone: Backbone, template: Template) -> Tensor:
-    """Return the rows of a soft prompt to start from, which must be of this backbone and as many."""
+def _source(folder: str, backbone: Backbone, template: Template) -> SoftPrompt:
+    """Return the soft prompt to start from, which must be of this backbone and of as many virtual tokens."""
     prompt = SoftPrompt.load(folder)
     prompt.check(backbone)
     if len(prompt.rows) != template.num_virtual_tokens:
@@ -165,7 +199,7 @@ def _rows_of(folder: str, backbone: Backbone, template: Template) -> Tensor:
             f'the soft prompt "{folder}" to start from has {len(prompt.rows)} virtual tokens and the template '
             f"{template.num_virtual_tokens}; give the template as many"
         )
-    return prompt.rows
+    return prompt
 
 
 def _missing_labels(config: RunConfig, train: Sequence[Record], dev: Sequence[Record]) -> Iterator[str]:

@@ -10,29 +10,32 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptune.batch import IGNORED
 from ptune.config import ModelConfig
 from ptune.context_cache import ContextCache
+from ptune.deep_prompts import logits_behind, mask_from_both_sides
 from ptune.encoder_decoder import decoder_start, split_rows
 from ptune.errors import BackboneError
-from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of
+from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of, may_pack
 from ptune.fingerprint import fingerprint, same_backbone, sampled_ids
 from ptune.loading import check_folder, check_tokenizer, find_device, first_position, quantization_config
 from ptune.losses import next_token_labels, summed_loss
+from ptune.output_head import OutputHead
+from ptune.packed_attention import Packing, packed_attention
 from ptune.plans import Plans, context_of
-from ptune.virtual_tokens import VirtualTokens, input_embedding, input_matrix
+from ptune.recomputation import recompute_layers, recomputing
+from ptune.virtual_tokens import VirtualTokens, deep_prompts_of, input_embedding, input_matrix
 
 MINI = Path(__file__).parent / "mini"
 """Folder of `ptune-mini`, the model that comes with ptune."""
@@ -48,6 +51,7 @@ class Backbone:
         vocabulary_size: V, rows of the input matrix; never the tokenizer's length, which may be smaller.
         hidden_size: H, width of the input matrix.
         context_limit: most positions the model takes, virtual tokens included; None where it sets none (BLOOM).
+        head: its output head.
         plans: how its forward passes are carried out.
         plan: ``auto`` for the cheapest that gives the same numbers, ``reference`` for the plain one.
     """
@@ -74,7 +78,9 @@ class Backbone:
         if tokenizer is not None:
             check_tokenizer(tokenizer, self.vocabulary_size, self.kind, name)
         self._cached_length = cached_length(model.config) if self.kind is CAUSAL else 0
-        self.plans = Plans(self._run, self.vocabulary_size, lambda: self.device)
+        packs = self.kind is CAUSAL and may_pack(model.config)
+        self.plans = Plans(self._run, self.vocabulary_size, lambda: self.device, may_pack=packs)
+        self.head = OutputHead(model)
         self.plan: Literal["auto", "reference"] = "auto"
         _self_test(self)
 
@@ -155,7 +161,13 @@ class Backbone:
             arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0) + self._first_position
         return arguments
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
         """Return the logits of the next token; a masked model's are those of the place itself.
 
         Args:
@@ -163,23 +175,48 @@ class Backbone:
             attention_mask: ``[B, T]`` int64.
             positions: ``[B, T]`` bool, after which tokens to predict (at which, for a masked model); None for all. An
                 encoder-decoder reads each row up to its first position and writes from there.
+            columns: ``[C]`` int64, the tokens whose logits are wanted; None for all.
 
         Returns:
-            ``[N, V]`` for the N chosen positions in row order, ``[B, T, V]`` for all; the backbone's dtype.
+            ``[N, V]`` for the N chosen positions in row order, ``[B, T, V]`` for all, with C in place of V where there
+            are columns; the backbone's dtype.
 
         Raises:
             BackboneError: an encoder-decoder is asked for all positions.
         """
+        if columns is None:
+            return self._outputs(input_ids, attention_mask, positions)
+        if positions is not None and self._may_withhold:
+            return self.head.logits(self._outputs(input_ids, attention_mask, positions, states=True), columns)
+        logits = self._outputs(input_ids, attention_mask, positions)
+        return logits[..., columns.to(logits.device)]
+
+    @property
+    def _may_withhold(self) -> bool:
+        """Whether hidden states will do in place of logits."""
+        return self.plan != "reference" and self.head.plain
+
+    def _outputs(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None, *, states: bool = False
+    ) -> Tensor:
+        """Return logits as `logits` does, or the hidden states ``[N, H]`` that the head would read."""
         if self.model.training:
             self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         positions = None if positions is None else positions.to(self.device)
-        if positions is not None and self._may_plan(input_ids.shape[1]):
-            return self.plans.logits(input_ids, attention_mask, positions)
+        if (deep := deep_prompts_of(self.model).opening(input_ids)) is not None:
+            deep.check(input_ids.shape[1], self._cached_length, bool(self._recomputed))
+            run = functools.partial(self._run, states=states)
+            self.plans.note("reference", "a deep prompt stands before the text at every layer")
+            return logits_behind(deep, run, input_ids, attention_mask, positions, self.dtype)
+        hindrance = "logits of all positions are wanted" if positions is None else self._hindrance(input_ids.shape[1])
+        if positions is not None and hindrance is None:
+            return self.plans.outputs(input_ids, attention_mask, positions, states=states)
+        self.plans.note("reference", str(hindrance))
         arguments, positions = self._arguments(input_ids, attention_mask, positions)
-        with _head_at(self.model, positions), _recomputing(self._recomputed):
+        with self.head.at(positions, withhold=states) as withheld, recomputing(self._recomputed):
             logits: Tensor = self.model(**arguments).logits
-        return logits
+        return withheld[0] if states else logits
 
     def keep_contexts(self, rows: Iterable[Sequence[int]], budget: int) -> ContextCache:
         """Run what stands before the first virtual token of rows once, where a plan will read it again and again.
@@ -191,19 +228,22 @@ class Backbone:
         Returns:
             What is kept: nothing where only the reference plan gives the same numbers.
         """
-        planned = [ids for ids in rows if self._may_plan(len(ids)) and not self._recomputed]
+        planned = [ids for ids in rows if self._hindrance(len(ids)) is None and not self._recomputed]
         contexts = (context_of(ids, self.vocabulary_size) for ids in planned)
         self.plans.prepare([ids for ids in contexts if ids], budget)
         return self.plans.contexts
 
-    def _may_plan(self, tokens: int) -> bool:
-        """Whether other plans than the reference give the same numbers for rows of so many tokens.
-
-        A layer that recomputes drops its cache.
-        """
-        if self.plan == "reference" or (self._recomputed and torch.is_grad_enabled()):
-            return False
-        return self._cached_length is None or tokens <= self._cached_length
+    def _hindrance(self, tokens: int) -> str | None:
+        """Return what forbids other plans than the reference for rows of so many tokens; None where nothing does."""
+        if self.plan == "reference":
+            return "training.plan says so"
+        if self._recomputed and torch.is_grad_enabled():
+            return "layers that recompute their activations drop their cache"
+        if self._cached_length == 0:
+            return f"no other is known to give the same numbers for {type(self.model).__name__}"
+        if self._cached_length is not None and tokens > self._cached_length:
+            return f"rows are longer than the {self._cached_length} tokens that attention sees"
+        return None
 
     def _run(
         self,
@@ -213,14 +253,21 @@ class Backbone:
         past: DynamicCache | None = None,
         *,
         keep: bool = False,
+        states: bool = False,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, DynamicCache | None]:
         """Run the model on what follows ``past``: what `Plans` are made of; see `ptune.plans.Run`."""
         arguments: dict[str, Any] = self.inputs(input_ids, attention_mask)
-        if "position_ids" in arguments:
+        if packing is not None:
+            arguments |= {"position_ids": packing.places + self._first_position, "packing": packing}
+        elif "position_ids" in arguments:
             arguments["position_ids"] = arguments["position_ids"][:, -input_ids.shape[1] :]
-        with _head_at(self.model, positions):
+        if past is not None and self.kind is MASKED:
+            arguments["attention_mask"] = mask_from_both_sides(attention_mask, input_ids.shape[1], self.dtype)
+        attention = nullcontext() if packing is None else packed_attention(self.model.config)
+        with attention, self.head.at(positions, withhold=states) as withheld:
             output = self.model(**arguments, past_key_values=past, use_cache=keep)
-        return output.logits, output.past_key_values if keep else None
+        return withheld[0] if states else output.logits, output.past_key_values if keep else None
 
     def _arguments(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None
@@ -242,6 +289,7 @@ class Backbone:
         *,
         labels: Tensor | None = None,
         positions: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """Return the summed loss for ``labels``, or else logits: what a task asks of a model, trained or not.
 
@@ -250,15 +298,19 @@ class Backbone:
             attention_mask: ``[B, T]`` int64, 0 at pads, which may stand on either side.
             labels: ``[B, T]`` int64, the id itself at supervised positions, `IGNORED` elsewhere.
             positions: ``[B, T]`` bool, as in `logits`; without labels only.
+            columns: ``[C]`` int64, as in `logits`; without labels only.
 
         Returns:
             With labels, the cross-entropy summed over supervised tokens, a scalar in float32 (float64 where the
             backbone is): divide it by their number, or by that of a whole accumulation window. Else `logits`.
         """
         if labels is None:
-            return self.logits(input_ids, attention_mask, positions)
+            return self.logits(input_ids, attention_mask, positions, columns)
         wanted = labels if self.kind is MASKED else next_token_labels(labels)
         supervised = wanted != IGNORED
+        if self._may_withhold:
+            states = self._outputs(input_ids, attention_mask, supervised, states=True)  # [N, H]
+            return self.head.loss(states, wanted[supervised])
         logits = self.logits(input_ids, attention_mask, supervised)  # [N, V]
         return summed_loss(logits, wanted[supervised].to(logits.device))
 
@@ -271,14 +323,7 @@ class Backbone:
         Raises:
             BackboneError: the family's layers cannot do it.
         """
-        self._recomputed = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if not self._recomputed:
-            family = type(self.model).__name__
-            raise BackboneError(f"{family} has no layers that can be recomputed; turn gradient checkpointing off")
-        for layer in self._recomputed:
-            layer.gradient_checkpointing = True
-            recompute = functools.partial(_checkpoint, layer, {"use_reentrant": False} | settings)
-            layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
+        self._recomputed = recompute_layers(self.model, {"use_reentrant": False} | settings)
 
     @contextmanager
     def left_as_it_was(self) -> Iterator[None]:
@@ -305,50 +350,6 @@ class Backbone:
     def identity(self) -> str:
         """Return a short hexadecimal name of the fingerprint, for keys and messages."""
         return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _head_at(model: PreTrainedModel, positions: Tensor | None) -> Iterator[None]:
-    """Let the output head see only the hidden states at ``positions`` ([B, T] bool), while the block runs.
-
-    The model applies its scale and soft cap after the head, to what the head gives, so nothing else need be known.
-    """
-    head = model.get_output_embeddings()
-    if positions is None or head is None:
-        yield
-        return
-
-    def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (arguments[0][positions], *arguments[1:])  # [B, T, H] -> [N, H]
-
-    hook = head.register_forward_pre_hook(narrow)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _recomputing(layers: list[GradientCheckpointingLayer]) -> Iterator[None]:
-    """Let a forward pass with gradient recompute ``layers``, which look at their own ``training`` flag for that.
-
-    Generation must find it off, for a layer that recomputes drops its cache.
-    """
-    if not torch.is_grad_enabled():
-        yield
-        return
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-
-
-def _checkpoint(layer: nn.Module, settings: dict[str, Any], function: Callable[..., Any], *arguments: Any) -> Any:
-    layer.training = False  # it has asked for the recomputation; inside, the same flag would switch OPT's dropout on
-    return checkpoint(function, *arguments, **settings)
 
 
 def _self_test(backbone: Backbone) -> None:
@@ -379,6 +380,7 @@ def _self_test(backbone: Backbone) -> None:
             arguments["inputs_embeds"] = input_embedding(model)(arguments.pop("input_ids"))
             by_embeddings = model(**arguments).logits
             by_embeddings = by_embeddings if places is None else by_embeddings[places]
+        backbone.head.examine(lambda: model(**arguments).logits)
     except (IndexError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise BackboneError(f"{family} cannot carry virtual tokens: {' '.join(str(error).split())[:200]}") from error
     finally:

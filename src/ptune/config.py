@@ -113,6 +113,11 @@ class PromptConfig(Settings):
         False, description="Set the words as a user's message into the tokenizer's chat template, before the answer."
     )
     system: str | None = Field(None, description="With chat: words of the system message; may hold fields.")
+    deep: bool = Field(
+        False,
+        description="P-tuning v2: virtual tokens are trained keys and values at every layer, in front of everything; "
+        "their encoder is an `embedding` unless another is given.",
+    )
     encoder: EncoderConfig = EncoderConfig()
     start: StartConfig = StartConfig()
     max_length: int | None = Field(None, gt=0, description="Text tokens of one example; virtual tokens come on top.")
@@ -134,6 +139,22 @@ class PromptConfig(Settings):
     def _system_in_a_chat(self) -> PromptConfig:
         if self.system is not None and not self.chat:
             raise ValueError("`system` is a message of a chat, and chat is off; set chat: true, or leave it out")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _encoder_of_a_deep_prompt(cls, values: Any) -> Any:
+        # An mlp's last layer would have as many weights as hundreds of the prompts that it gives.
+        if isinstance(values, dict) and values.get("deep") and values.get("encoder") is None:
+            return values | {"encoder": {"type": "embedding"}}
+        return values
+
+    @model_validator(mode="after")
+    def _encoders_for_keys_and_values(self) -> PromptConfig:
+        if self.deep and self.encoder.type == "lstm":
+            raise ValueError(
+                "a deep prompt's encoder is embedding or mlp, and encoder.type is lstm; choose one of the two"
+            )
         return self
 
 
@@ -286,6 +307,15 @@ class RunConfig(Settings):
     output: Path = Field(
         Path("prompts/prompt"), description="Folder of the soft prompt; the run's own files stand in its folder run."
     )
+
+    @model_validator(mode="after")
+    def _deep_prompts_keep_their_cache(self) -> RunConfig:
+        if self.prompt.deep and self.training.gradient_checkpointing:
+            raise ValueError(
+                "prompt.deep does not go with training.gradient_checkpointing, for a layer that recomputes drops the "
+                "cache in which a deep prompt stands; turn one of the two off"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shots_of_labels(self) -> RunConfig:

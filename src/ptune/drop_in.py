@@ -89,4 +89,4 @@ def _common_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
 def _rows_of_soft_prompt(folder: str) -> Tensor:
     from ptune.soft_prompt import SoftPrompt
 
-    return SoftPrompt.load(folder).rows
+    return SoftPrompt.load(folder).input_rows

@@ -70,14 +70,14 @@ class PromptEncoder(nn.Module):
         self.lstm_dropout = nn.Dropout(0.0)
         hidden = config.hidden_size or width
         if config.type == "mlp":
-            self.mlp_head = _mlp([width, *[hidden] * config.num_layers, width], config.dropout)
+            self.mlp_head = mlp([width, *[hidden] * config.num_layers, width], config.dropout)
         elif config.type == "lstm":
             between = config.dropout if config.num_layers > 1 else 0.0
             self.lstm_dropout.p = config.dropout - between  # nn.LSTM would ignore it where nothing is in between
             self.lstm_head = nn.LSTM(
                 width, hidden, config.num_layers, dropout=between, bidirectional=True, dtype=torch.float32
             )
-            self.mlp_head = _mlp([2 * hidden, 2 * hidden, width], dropout=0.0)
+            self.mlp_head = mlp([2 * hidden, 2 * hidden, width], dropout=0.0)
         if self.residual and self.mlp_head is not None:
             for parameter in self.mlp_head[-1].parameters():
                 nn.init.zeros_(parameter)
@@ -162,7 +162,7 @@ def build_encoder(config: EncoderConfig, initial: Tensor, seed: int) -> PromptEn
         )
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
-        return PromptEncoder(config, initial, scale=_power_of_two_near_rms(initial))
+        return PromptEncoder(config, initial, scale=power_of_two_near_rms(initial))
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -170,15 +170,17 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def _mlp(widths: list[int], dropout: float) -> nn.Sequential:
+def mlp(widths: list[int], dropout: float, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Return linear layers between these widths, an activation and dropout after each but the last, in float32."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        # ReLU and dropout share one place, so that weights have the same names with dropout and without.
-        activation = nn.Sequential(nn.ReLU(), nn.Dropout(dropout))
-        layers += [nn.Linear(inputs, outputs, dtype=torch.float32), activation]
+        # Activation and dropout share one place, so that weights have the same names with dropout and without.
+        between = nn.Sequential(activation(), nn.Dropout(dropout))
+        layers += [nn.Linear(inputs, outputs, dtype=torch.float32), between]
     return nn.Sequential(*layers[:-1])
 
 
-def _power_of_two_near_rms(rows: Tensor) -> float:
+def power_of_two_near_rms(rows: Tensor) -> float:
+    """Return the unit in which ``rows`` (any shape) are stored: dividing by it and multiplying lose no bit."""
     rms = rows.detach().double().square().mean().sqrt().item()
     return 2.0 ** round(math.log2(rms)) if rms > 0 else 1.0

@@ -95,7 +95,7 @@ class Engine:
         """
         prompt.check(self.backbone)
         first = self._tokens.allocate(len(prompt.rows))
-        self._tokens.set_rows(first, prompt.rows.to(self.backbone.device))
+        self._tokens.set_rows(first, prompt.rows.to(self.backbone.device), prompt.deep)
         task = task_for(
             self.backbone,
             prompt.task,
@@ -103,6 +103,7 @@ class Engine:
             first_virtual_id=first,
             max_length=prompt.max_length,
             overlong=prompt.overlong,
+            deep=prompt.deep is not None,
         )
         self.remove(name)
         self._loaded[name] = LoadedPrompt(prompt, first, task)

@@ -90,6 +90,27 @@ def cached_length(config: PreTrainedConfig) -> int | None:
     return window if getattr(config, "use_sliding_window", True) else None
 
 
+# Those whose attention layers all ask transformers' interface for their function, at positions that ptune gives. BLOOM
+# computes its own attention, for its distances come from the mask.
+_PACKED = _PLAIN_CACHE - {"bloom"}
+
+
+def may_pack(config: PreTrainedConfig) -> bool:
+    """Whether a model can read rows that stand one behind another in one sequence."""
+    return config.model_type in _PACKED
+
+
+# Masked families whose attention takes keys and values that were not computed from its own input.
+_MASKED_WITH_PAST = {"bert", "roberta", "xlm-roberta", "electra"}
+
+
+def takes_deep_prompts(config: PreTrainedConfig, kind: Kind) -> bool:
+    """Whether keys and values can be set in front of the text at every layer."""
+    if kind is MASKED:
+        return config.model_type in _MASKED_WITH_PAST
+    return kind is CAUSAL and cached_length(config) != 0
+
+
 def kind_of(config: PreTrainedConfig, architecture: str | None = None) -> Kind:
     """Return the kind of a model.
 

@@ -33,9 +33,11 @@ from transformers import (
 from ptune.backbone import Backbone
 from ptune.batch import IGNORED, Row, collate
 from ptune.config import Settings
+from ptune.deep_prompts import DeepPrompt
 from ptune.encoder_decoder import decoder_start
 from ptune.errors import BackboneError
 from ptune.families import ENCODER_DECODER
+from ptune.virtual_tokens import deep_prompts_of
 
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _UNFINISHED = "�"  # what a tokenizer gives for bytes that do not make a character yet
@@ -109,21 +111,27 @@ def generate(
 
     Raises:
         BackboneError: the model writes no text, or a context, its virtual tokens counted, leaves no room in the
-            backbone's limit.
+            backbone's limit; or it opens with a deep prompt and has no text, or no cache may be kept for it.
     """
     if not backbone.kind.generates:
         raise BackboneError(f'"{backbone.name}" is {backbone.kind.words}, which writes no text')
     options = options or GenerationOptions()
-    order = sorted(range(len(contexts)), key=lambda number: -len(contexts[number]))
+    prompts = deep_prompts_of(backbone.model)
+    deep = [prompts.first_id(context) for context in contexts]
+    order = sorted(range(len(contexts)), key=lambda number: (deep[number] or 0, -len(contexts[number])))
+    kinds = [(_room(backbone, context, options), first) for context, first in zip(contexts, deep, strict=True)]
     results: dict[int, Generated] = {}
     seeded = torch.random.fork_rng() if options.seed is not None else nullcontext()
     with seeded:
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        for numbers in _batches(order, [_room(backbone, context, options) for context in contexts], batch_size):
+        for numbers in _batches(order, kinds, batch_size):
             batch = [list(contexts[number]) for number in numbers]
             listener = _numbered(on_text, numbers) if on_text else None
-            results |= zip(numbers, _generate_batch(backbone, batch, options, listener, use_cache), strict=True)
+            first = deep[numbers[0]]
+            prompt = None if first is None else prompts.get(first)
+            answers = _generate_batch(backbone, batch, options, listener, use_cache, prompt)
+            results |= zip(numbers, answers, strict=True)
     return [results[number] for number in range(len(contexts))]
 
 
@@ -143,11 +151,14 @@ def _room(backbone: Backbone, context: Sequence[int], options: GenerationOptions
     return min(options.max_new_tokens, room)
 
 
-def _batches(order: Sequence[int], rooms: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return what is decoded at once: contexts with the same room, so that none shortens its neighbour's answer."""
+def _batches(order: Sequence[int], kinds: Sequence[tuple[int, int | None]], batch_size: int) -> list[list[int]]:
+    """Return what is decoded at once: contexts of one kind, which stand together in ``order``.
+
+    Those have the same room, so that none shortens its neighbour's answer, and the same deep prompt in front, or none.
+    """
     batches: list[list[int]] = []
     for number in order:
-        if not batches or len(batches[-1]) == batch_size or rooms[batches[-1][0]] != rooms[number]:
+        if not batches or len(batches[-1]) == batch_size or kinds[batches[-1][0]] != kinds[number]:
             batches.append([])
         batches[-1].append(number)
     return batches
@@ -159,18 +170,30 @@ def _generate_batch(
     options: GenerationOptions,
     on_text: Callable[[int, str], None] | None,
     use_cache: bool,
+    deep: DeepPrompt | None,
 ) -> list[Generated]:
     longest = max(map(len, contexts))
     decodes_apart = backbone.kind is ENCODER_DECODER
     pad = backbone.tokenizer.pad_token_id
     # [B, T]; a decoder continues what it reads, so pads stand on the left, and an encoder counts its places from there
-    rows = [Row(tuple(context), (IGNORED,) * len(context)) for context in contexts]
+    opened = 0 if deep is None else len(deep.rows)  # pads stand behind a deep prompt, which is the past of all rows
+    rows = [Row(tuple(context[opened:]), (IGNORED,) * (len(context) - opened)) for context in contexts]
     batch = collate(rows, pad, "right" if decodes_apart else "left")
     ids, mask = batch.input_ids, batch.attention_mask
     pads = [0] * len(rows) if decodes_apart else (mask == 0).sum(-1).tolist()
+    past: dict[str, Any] = {}
+    if deep is not None:
+        if min(len(row.ids) for row in rows) == 0 or not use_cache:
+            raise BackboneError(
+                "a deep prompt is keys and values in a cache, behind which a text is read: give each context a token "
+                "of text, and leave the cache on"
+            )
+        ids = torch.cat([torch.tensor([contexts[0][:opened]] * len(rows)), ids], dim=-1)
+        mask = torch.cat([mask.new_ones(len(rows), opened), mask], dim=-1)
+        past["past_key_values"] = deep.past(len(rows), backbone.dtype)
     said = 1 if decodes_apart else longest  # what stands before the new tokens in what `generate` returns
     follower = _Follower(backbone, said, len(contexts), options.stop, on_text)
-    processors, warpers = _processors(options, pads, backbone.vocabulary_size)
+    processors, warpers = _processors(options, [opened + count for count in pads], backbone.vocabulary_size)
     settings = transformers.GenerationConfig(
         max_new_tokens=min(_room(backbone, context, options) for context in contexts),
         use_cache=use_cache,
@@ -191,6 +214,7 @@ def _generate_batch(
             generation_config=settings,
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([follower] if on_text or options.stop else []),
+            **past,
         )
     return [follower.result(number, row) for number, row in enumerate(output[:, said:].tolist())]
 

@@ -1,11 +1,12 @@
 """Keys and values of the attention layers, in and out of transformers' cache: the one place that knows its classes.
 
-Shapes: B batch, T tokens, L layers, K key-value heads, D width of a head.
+Shapes: B batch, T tokens, P virtual tokens, L layers, K key-value heads, D width of a head, W = 2 L K D.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,28 @@ from transformers.cache_utils import DynamicLayer
 
 LayerKeysAndValues = tuple[Tensor, Tensor]
 """Keys and values of one layer, each ``[B, K, T, D]``."""
+
+
+@dataclass(frozen=True)
+class KeyValueShape:
+    """How a token's keys and values at all layers lie in one row of W numbers.
+
+    Layer by layer, the keys before the values, head by head: PEFT's order as well.
+
+    Attributes:
+        layers: L.
+        heads: K, key-value heads, which grouped-query attention has fewer of than heads.
+        head_width: D.
+    """
+
+    layers: int
+    heads: int
+    head_width: int
+
+    @property
+    def row_width(self) -> int:
+        """W: how many numbers one token has."""
+        return 2 * self.layers * self.heads * self.head_width
 
 
 def read_cache(cache: DynamicCache | None) -> list[LayerKeysAndValues]:
@@ -60,3 +83,17 @@ def padded(rows: Sequence[Tensor], length: int, dtype: torch.dtype, device: torc
     for number, row in enumerate(rows):
         past[:, number, :, length - row.shape[2] :] = row
     return [(past[2 * layer], past[2 * layer + 1]) for layer in range(halves // 2)]
+
+
+def rows_of(layers: Sequence[LayerKeysAndValues]) -> tuple[Tensor, KeyValueShape]:
+    """Return the keys and values of a batch of one, a pair ``[1, K, P, D]`` for each layer, as rows ``[P, W]``."""
+    past = stacked(layers, 0, 0, layers[0][0].shape[2])  # [2 L, K, P, D]
+    halves, heads, count, width = past.shape
+    return past.permute(2, 0, 1, 3).reshape(count, -1), KeyValueShape(halves // 2, heads, width)
+
+
+def layers_of(rows: Tensor, shape: KeyValueShape) -> list[LayerKeysAndValues]:
+    """Return rows ``[P, W]`` as a pair ``[1, K, P, D]`` for each layer, with their gradient."""
+    past = rows.view(len(rows), 2 * shape.layers, shape.heads, shape.head_width)
+    halves = past.permute(1, 2, 0, 3).unsqueeze(1)  # [2 L, 1, K, P, D]
+    return [(halves[2 * layer], halves[2 * layer + 1]) for layer in range(shape.layers)]

@@ -39,10 +39,13 @@ def model_card(name: str, description: Mapping[str, Any]) -> str:
         description: what `SoftPrompt.describe` returned.
     """
     backbone, count, width = description["backbone"], description["virtual_tokens"], description["width"]
+    of_what = f"of width {width}"
+    if deep := description.get("deep"):
+        of_what = f"at each of {deep['layers']} layers (a deep prompt: {width} numbers of keys and values a token)"
     parts = [
         _front_matter(description),
         f"# {name}",
-        f"A soft prompt for `{backbone}`: {count} virtual tokens of width {width} that teach the frozen model one "
+        f"A soft prompt for `{backbone}`: {count} virtual tokens {of_what} that teach the frozen model one "
         f"task, {description['task']['type']}. Its template:",
         "\n".join(f"    {line}" for line in description["template"].splitlines()),
         "## Use",

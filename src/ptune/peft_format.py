@@ -4,11 +4,13 @@ PEFT stores a P-tuning or prompt-tuning adapter folded, in training checkpoints 
 ``prompt_embeddings`` ``[P, H]``, what the encoder gave when it was saved, and never the encoder's own weights. So
 either way rows are all there is. PEFT sets them before everything else, bos included, and passes no position ids.
 
-Knows nothing of soft prompts, templates, tasks or backbones. Shapes: P virtual tokens, H width.
+Knows nothing of soft prompts, templates, tasks or backbones. Shapes: P virtual tokens, H width, W as in
+`keys_and_values`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from torch import Tensor
 
 from ptune.errors import SoftPromptError, did_you_mean
 from ptune.files import read_json, read_tensors, write_json, write_tensors
+from ptune.keys_and_values import KeyValueShape
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 _ADAPTER_PICKLE = "adapter_model.bin"
 _KEY = "prompt_embeddings"
-_READABLE_TYPES = ("P_TUNING", "PROMPT_TUNING")
+_ENCODER_FIELDS = ("encoder_dropout", "encoder_num_layers", "encoder_reparameterization_type")
+_READABLE_TYPES = ("P_TUNING", "PROMPT_TUNING", "PREFIX_TUNING")
 
 
 def write_peft_adapter(
@@ -33,6 +37,7 @@ def write_peft_adapter(
     num_layers: int | None,
     num_attention_heads: int | None,
     task_type: str = "CAUSAL_LM",
+    deep: KeyValueShape | None = None,
 ) -> None:
     """Write the pair that ``PeftModel.from_pretrained(model, folder)`` of PEFT 0.18 and later reads.
 
@@ -41,11 +46,12 @@ def write_peft_adapter(
 
     Args:
         folder: where; made where absent.
-        rows: ``[P, H]`` of any float dtype, stored as float32.
+        rows: ``[P, H]``, or ``[P, W]`` of a deep prompt, of any float dtype, stored as float32.
         base_model: name by which PEFT's Auto classes load the model; None where there is none that others know.
         num_layers: of the model; PEFT asks the model where it is None.
         num_attention_heads: of the model; likewise.
         task_type: ``CAUSAL_LM`` or ``SEQ_2_SEQ_LM``, where the rows stand in the encoder's input.
+        deep: how keys and values lie in the rows of a deep prompt, which is PEFT's prefix tuning.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -70,8 +76,37 @@ def write_peft_adapter(
         "task_type": task_type,
         "token_dim": width,
     }
+    if deep is not None:
+        config = {name: value for name, value in config.items() if name not in _ENCODER_FIELDS}
+        config |= {
+            "encoder_hidden_size": deep.heads * deep.head_width,
+            "init_weights": None,
+            "num_attention_heads": deep.heads,
+            "num_layers": deep.layers,
+            "peft_type": "PREFIX_TUNING",
+            "prefix_projection": False,
+            "token_dim": deep.heads * deep.head_width,
+        }
     write_tensors(folder / ADAPTER_TENSORS, {_KEY: rows.detach().float()}, {"format": "pt"})
     write_json(folder / ADAPTER_CONFIG, config)
+
+
+def key_value_shape(config: Mapping[str, Any]) -> KeyValueShape | None:
+    """Return how keys and values lie in the rows of a prefix-tuning adapter; None for other adapters.
+
+    Raises:
+        SoftPromptError: its config does not say.
+    """
+    if config.get("peft_type") != "PREFIX_TUNING":
+        return None
+    names = ("num_layers", "num_attention_heads", "token_dim")
+    layers, heads, width = (config.get(name) or 0 for name in names)
+    if not all(type(number) is int and number > 0 for number in (layers, heads, width)):
+        raise SoftPromptError(
+            f"{ADAPTER_CONFIG} of prefix tuning expected {', '.join(names)}, and holds {layers}, {heads}, {width}; "
+            "load the adapter in PEFT and save it again, which writes them"
+        )
+    return KeyValueShape(layers, heads, width // heads)
 
 
 def remove_peft_adapter(folder: str | Path) -> None:
@@ -83,8 +118,10 @@ def remove_peft_adapter(folder: str | Path) -> None:
 def read_peft_adapter(folder: str | Path) -> tuple[Tensor, dict[str, Any]]:
     """Return the virtual tokens ``[P, H]`` float32 of an adapter that PEFT saved, and its config.
 
-    P-tuning (MLP or LSTM) and prompt tuning for causal language models; a finished adapter and a checkpoint of a
-    training run hold the same.
+    Those of prefix tuning are keys and values, ``[P, W]``; `key_value_shape` says how they lie in a row.
+
+    P-tuning (MLP or LSTM), prompt tuning and prefix tuning for causal language models; a finished adapter and a
+    checkpoint of a training run hold the same.
 
     Raises:
         SoftPromptError: no such folder, no adapter in it, one of another type or for another kind of model, one that
@@ -101,7 +138,8 @@ def read_peft_adapter(folder: str | Path) -> tuple[Tensor, dict[str, Any]]:
     tensors = read_tensors(path, SoftPromptError)
     _check_keys(path, tensors)
     rows = tensors[_KEY]
-    expected = (config.get("num_virtual_tokens"), config.get("token_dim"))
+    deep = key_value_shape(config)
+    expected = (config.get("num_virtual_tokens"), config.get("token_dim") if deep is None else deep.row_width)
     if tuple(rows.shape) != expected:
         raise SoftPromptError(
             f'"{path}" expected {_KEY} of shape {list(expected)} (num_virtual_tokens, token_dim of {ADAPTER_CONFIG}) '
@@ -134,8 +172,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     kind, task_type = config.get("peft_type"), config.get("task_type")
     if kind not in _READABLE_TYPES:
         raise SoftPromptError(
-            f'"{folder}" is an adapter of type {kind}, and only virtual tokens at the input can be imported: '
-            f"{' or '.join(_READABLE_TYPES)}"
+            f'"{folder}" is an adapter of type {kind}, and only virtual tokens can be imported: '
+            f"{', '.join(_READABLE_TYPES[:-1])} or {_READABLE_TYPES[-1]}"
         )
     if task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise SoftPromptError(

@@ -2,17 +2,20 @@
 
     reference        one forward over all ids
     shared prefix    rows that open with the same virtual tokens: these run once, with gradient, for the whole batch
+    packed rows      the same, and the rows stand one behind another in one sequence, so that no pad is ever computed
     frozen context   text that stands before the first virtual token does not depend on the prompt: it runs without
                      gradient, and once for a whole run where its keys and values are kept
 
 A plan is chosen from the ids alone, batch by batch, so nothing need be said by tasks or templates.
 
 Knows nothing of encoders, tasks or training. Shapes: B batch, T tokens, P virtual tokens that open a row, F tokens of a
-context, S tokens of what follows it, N chosen positions, V rows of the backbone's input matrix.
+context, S tokens of what follows it, R tokens of packed rows, N chosen positions, H width, V rows of the backbone's
+input matrix.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -22,17 +25,20 @@ from transformers import DynamicCache
 
 from ptune.context_cache import ContextCache
 from ptune.keys_and_values import new_cache, padded, read_cache, stacked
+from ptune.packed_attention import Packing
 
-PlanName = Literal["reference", "shared prefix", "frozen context"]
+PlanName = Literal["reference", "shared prefix", "packed rows", "frozen context"]
 
 _SHORTEST_CONTEXT = 8
 """Contexts of fewer tokens, on average, are not worth a pass of their own."""
+_LEAST_PADDING = 0.05
+"""Share of padding from which on packed rows pay."""
 _CONTEXT_TOKENS_AT_ONCE = 8192
 """Tokens of one pass over contexts: enough to fill a processor, few enough for its memory."""
 
 
 class Run(Protocol):
-    """One forward pass of the model, its head at the chosen positions alone."""
+    """One forward pass of the model, its head at the chosen positions alone, or not at all."""
 
     def __call__(
         self,
@@ -42,8 +48,10 @@ class Run(Protocol):
         past: DynamicCache | None = None,
         *,
         keep: bool = False,
+        states: bool = False,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, DynamicCache | None]:
-        """Return logits ``[N, V]`` and, if they are to be kept, keys and values.
+        """Return logits ``[N, V]``, or hidden states ``[N, H]``, and, if they are to be kept, keys and values.
 
         Args:
             input_ids: ``[B, T]`` int64.
@@ -51,6 +59,8 @@ class Run(Protocol):
             positions: ``[B, T]`` bool.
             past: keys and values of what stands before.
             keep: whether keys and values are wanted.
+            states: whether the hidden states that the head would read are wanted in place of logits.
+            packing: where rows begin that stand one behind another in one; None where each has its own.
         """
 
 
@@ -60,33 +70,64 @@ class Plans:
     Attributes:
         contexts: keys and values of contexts that are kept; empty until `prepare`.
         last: the plan of the latest pass.
+        why: what it was chosen for, in a few words.
+        may_pack: whether packed rows may be chosen, where they give the same numbers.
     """
 
-    def __init__(self, run: Run, vocabulary_size: int, device: Callable[[], torch.device]) -> None:
+    def __init__(
+        self, run: Run, vocabulary_size: int, device: Callable[[], torch.device], *, may_pack: bool = False
+    ) -> None:
+        """Plan the passes of one model.
+
+        Args:
+            run: one forward pass of it.
+            vocabulary_size: V.
+            device: where it is.
+            may_pack: whether its attention layers can read packed rows; tried once before it is believed.
+        """
         self._run, self._vocabulary_size, self._device = run, vocabulary_size, device
+        self.may_pack = may_pack
         self.contexts = ContextCache(0)
         self.last: PlanName = "reference"
+        self.why = "nothing has run yet"
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def outputs(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, *, states: bool = False) -> Tensor:
         """Return the logits after positions, ``[N, V]``, by the cheapest plan that gives them.
 
         Args:
             input_ids: ``[B, T]`` int64.
             attention_mask: ``[B, T]`` int64.
             positions: ``[B, T]`` bool.
+            states: return the hidden states that the head would read, ``[N, H]``, in place of logits.
         """
-        self.last = "reference"
+        run = functools.partial(self._run, states=states)
         prefix = shared_prefix_length(input_ids, attention_mask, self._vocabulary_size)
-        if len(input_ids) > 1 and prefix > 1 and not bool(positions[:, : prefix - 1].any()):
-            self.last = "shared prefix"
-            return self._shared_prefix(input_ids, attention_mask, positions, prefix - 1)
+        shared = prefix - 1 if len(input_ids) > 1 and prefix > 1 and not bool(positions[:, : prefix - 1].any()) else 0
+        real = not bool(
+            (positions & ~attention_mask.bool()).any()
+        )  # else pads are asked for, which have no numbers here
+        pads = padding_share(attention_mask[:, shared:]) if real else 0.0
+        if shared:
+            if pads >= _LEAST_PADDING and self.may_pack and self._packs:
+                self.note("packed rows", f"{prefix} virtual tokens open every row, and {pads:.0%} would be padding")
+                return self._packed_rows(run, input_ids, attention_mask, positions, shared)
+            self.note("shared prefix", f"{prefix} virtual tokens open every row")
+            return self._shared_prefix(run, input_ids, attention_mask, positions, shared)
         lengths = context_lengths(input_ids, attention_mask, self._vocabulary_size)
         if lengths is not None and float(lengths.float().mean()) >= _SHORTEST_CONTEXT:
             before = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-            if not bool((positions & before).any()):
-                self.last = "frozen context"
-                return self._frozen_context(input_ids, attention_mask, positions, lengths)
-        return self._run(input_ids, attention_mask, positions)[0]
+            if real and not bool((positions & before).any()):
+                self.note("frozen context", f"{float(lengths.float().mean()):.0f} tokens stand before the prompt")
+                return self._frozen_context(run, input_ids, attention_mask, positions, lengths)
+        if pads >= _LEAST_PADDING and self.may_pack and self._packs:
+            self.note("packed rows", f"{pads:.0%} would be padding")
+            return self._packed_rows(run, input_ids, attention_mask, positions, 0)
+        self.note("reference", "rows share nothing, and little is padding" if len(input_ids) > 1 else "one row")
+        return run(input_ids, attention_mask, positions)[0]
+
+    def note(self, plan: PlanName, why: str) -> None:
+        """Remember by which plan the latest pass went, and why."""
+        self.last, self.why = plan, why
 
     def prepare(self, contexts: Sequence[Sequence[int]], budget: int) -> None:
         """Run contexts once and keep their keys and values.
@@ -115,21 +156,53 @@ class Plans:
         """Whether contexts are long enough, on average, that `logits` will ask for them."""
         return bool(contexts) and sum(map(len, contexts)) >= _SHORTEST_CONTEXT * len(contexts)
 
-    def _shared_prefix(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, length: int) -> Tensor:
+    def _shared_prefix(
+        self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, length: int
+    ) -> Tensor:
         """Run the first ``length`` virtual tokens once. The last of the run stays with its row, to predict text."""
         prefix = input_ids[:1, :length]
         nowhere = torch.zeros_like(prefix, dtype=torch.bool)
         _, cache = self._run(prefix, torch.ones_like(prefix), nowhere, keep=True)
         past = new_cache(read_cache(cache), len(input_ids))
-        return self._run(input_ids[:, length:], attention_mask, positions[:, length:], past)[0]
+        return run(input_ids[:, length:], attention_mask, positions[:, length:], past)[0]
 
-    def _frozen_context(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    def _packed_rows(
+        self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, length: int
+    ) -> Tensor:
+        """Run the first ``length`` tokens of all rows, and behind them what follows in each row, as one sequence."""
+        kept = attention_mask.bool() & (torch.arange(input_ids.shape[1], device=input_ids.device) >= length)  # [B, T]
+        ids = torch.cat([input_ids[0, :length], input_ids[kept]])[None]  # [1, P + R]
+        chosen = torch.cat([torch.zeros_like(positions[0, :length]), positions[kept]])[None]
+        packing = Packing(length, tuple(kept.sum(-1).tolist()), ids.device)
+        return run(ids, torch.ones_like(ids), chosen, packing=packing)[0]
+
+    @functools.cached_property
+    def _packs(self) -> bool:
+        """Whether packed rows give the model's own numbers, tried once on a few tokens."""
+        if self._device().type != "cpu":  # elsewhere a padded batch may well be cheaper than many rows one by one
+            return False
+        words = torch.arange(12, device=self._device()).remainder(self._vocabulary_size)
+        ids = torch.stack([words, words.roll(3)])
+        ids[1, :4] = words[:4]
+        mask = torch.ones_like(ids)
+        mask[0, 9:] = 0
+        positions = mask.bool()
+        positions[:, :4] = False
+        with torch.no_grad():
+            plain = self._run(ids, mask, positions)[0]
+            packed = self._packed_rows(self._run, ids, mask, positions, 4)
+        limit = 1e-3 if plain.dtype.itemsize >= 4 else 5e-2
+        return float((packed - plain).abs().max()) <= limit * float(plain.abs().max())
+
+    def _frozen_context(
+        self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, lengths: Tensor
+    ) -> Tensor:
         """Run what follows the contexts, given their keys and values."""
         ends = attention_mask.sum(-1)
         contexts = [tuple(row[:length]) for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         missing = sorted({ids for ids in contexts if ids not in self.contexts}, key=lambda ids: (-len(ids), ids))
-        run = dict(zip(missing, self._run_contexts(missing), strict=True)) if missing else {}
-        rows = [run[ids] if ids in run else self.contexts[ids] for ids in contexts]
+        new = dict(zip(missing, self._run_contexts(missing), strict=True)) if missing else {}
+        rows = [new[ids] if ids in new else self.contexts[ids] for ids in contexts]
         longest = int(lengths.max())
         device = input_ids.device
         past = padded(rows, longest, rows[0].dtype, device)
@@ -140,7 +213,7 @@ class Plans:
         heard = torch.arange(longest, device=device) >= longest - lengths[:, None]  # [B, F], zeros stand in front
         mask = torch.cat([heard, within], dim=-1).to(attention_mask.dtype)
         chosen = positions.gather(-1, places) & within
-        return self._run(input_ids.gather(-1, places), mask, chosen, new_cache(past, len(rows)))[0]
+        return run(input_ids.gather(-1, places), mask, chosen, new_cache(past, len(rows)))[0]
 
     def _run_contexts(self, contexts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return the keys and values of contexts, each ``[2 L, K, F, D]`` of its own length."""
@@ -173,6 +246,12 @@ def shared_prefix_length(input_ids: Tensor, attention_mask: Tensor, vocabulary_s
     """
     alike = (input_ids == input_ids[:1]).all(0) & (input_ids[0] >= vocabulary_size) & attention_mask.bool().all(0)
     return int(alike.int().cumprod(0).sum())
+
+
+def padding_share(attention_mask: Tensor) -> float:
+    """Return which share of a mask ``[B, T]`` is padding; 0 where a row has no token at all."""
+    lengths = attention_mask.bool().sum(-1)
+    return 0.0 if int(lengths.min()) == 0 else 1 - float(lengths.float().mean()) / attention_mask.shape[1]
 
 
 def context_lengths(input_ids: Tensor, attention_mask: Tensor, vocabulary_size: int) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptune.backbone import Backbone
+from ptune.deep_encoder import DeepEncoder
 from ptune.encoder import PromptEncoder
 from ptune.errors import BackboneError
 from ptune.families import CAUSAL
@@ -28,10 +29,17 @@ class PromptedModel(nn.Module):
     The backbone is held, not registered: ``parameters()``, ``state_dict()`` and ``train()`` concern the encoder alone.
     Virtual token k has the id ``first_virtual_id + k``. Use as a context manager, or ``close()`` it, to leave the
     backbone as it was.
+
+    Attributes:
+        encoder: what is trained.
+        deep: how keys and values lie in the rows of a deep prompt; None for virtual tokens at the input.
+        first_virtual_id: of the first virtual token.
+        num_virtual_tokens: P.
     """
 
-    def __init__(self, backbone: Backbone, encoder: PromptEncoder) -> None:
+    def __init__(self, backbone: Backbone, encoder: PromptEncoder | DeepEncoder) -> None:
         super().__init__()
+        self.deep = encoder.shape if isinstance(encoder, DeepEncoder) else None
         self.encoder = encoder.to(backbone.device)
         self._held = (backbone,)  # in a tuple, for nn.Module would register its modules
         self._rows: Tensor | None = None
@@ -48,7 +56,7 @@ class PromptedModel(nn.Module):
         return self._held[0]
 
     def rows(self) -> Tensor:
-        """Return the virtual tokens ``[P, H]`` float32.
+        """Return the virtual tokens ``[P, H]`` float32; ``[P, W]`` where they are keys and values.
 
         In training a new pass of the encoder, with gradient; in eval mode the one tensor that evaluation, generation
         and the saved file share.
@@ -69,9 +77,10 @@ class PromptedModel(nn.Module):
         self._rows = None
         return self
 
-    def use(self) -> int:
-        """Let the backbone know the present virtual tokens, and return the first one's id."""
-        self.virtual_tokens.set_rows(self.first_virtual_id, self.rows())
+    def use(self, rows: Tensor | None = None) -> int:
+        """Let the backbone know virtual tokens, the present ones or ``rows`` ``[P, H]``; return the first one's id."""
+        rows = self.rows() if rows is None else rows.to(self.backbone.device)
+        self.virtual_tokens.set_rows(self.first_virtual_id, rows, self.deep)
         return self.first_virtual_id
 
     def forward(
@@ -81,21 +90,23 @@ class PromptedModel(nn.Module):
         *,
         labels: Tensor | None = None,
         positions: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """Run the backbone with the present virtual tokens: the interface and results of `Backbone.__call__`."""
         rows = self.rows()
-        self.virtual_tokens.set_rows(self.first_virtual_id, rows)
+        self.use(rows)
         try:
-            return self.backbone(input_ids, attention_mask, labels=labels, positions=positions)
+            return self.backbone(input_ids, attention_mask, labels=labels, positions=positions, columns=columns)
         finally:
             # Else the backward pass of another prompted model on this backbone would go through the graph of this
             # one's rows, which is freed by then.
-            self.virtual_tokens.set_rows(self.first_virtual_id, rows.detach())
+            self.use(rows.detach())
 
     def token_log_probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the log-probability of every real token given what stands before it.
 
         The plain call for any outer loss or evaluator. Virtual tokens, pads and each row's first token have none: nan.
+        Nor has the first token of text behind a deep prompt, for keys and values predict nothing.
 
         Args:
             input_ids: ``[B, T]`` int64.
@@ -113,7 +124,8 @@ class PromptedModel(nn.Module):
                 "use a causal language model"
             )
         real = (input_ids < self.backbone.vocabulary_size) & attention_mask.bool()
-        preceded = functional.pad(attention_mask[:, :-1].bool(), (1, 0))
+        seen = attention_mask.bool() if self.deep is None else real
+        preceded = functional.pad(seen[:, :-1], (1, 0))
         wanted = real & preceded  # [B, T]
         before = functional.pad(wanted[:, 1:], (0, 1))  # the position that predicts each of them
         logits = self(input_ids, attention_mask, positions=before)  # [N, V]

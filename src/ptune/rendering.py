@@ -69,6 +69,7 @@ class Renderer:
         context_limit: positions of the backbone, virtual tokens included; None for no limit.
         overlong: what happens to an answer that is itself too long.
         kind: of the model that will read: where its tokenizer's own tokens stand, and where an answer may.
+        deep: virtual tokens that open the template stand before the tokenizer's own first token, whatever the kind.
         pieces: the template's, with [bos] where the tokenizer's own first tokens stand.
         opening: their ids.
 
@@ -85,6 +86,7 @@ class Renderer:
     context_limit: int | None = None
     overlong: Overlong = "error"
     kind: Kind = CAUSAL
+    deep: bool = False
     pieces: tuple[Piece, ...] = dataclasses.field(init=False, repr=False)
     opening: tuple[int, ...] = dataclasses.field(init=False, repr=False)
     _stretches: tuple[tuple[int, ...] | _Words | Answer, ...] = dataclasses.field(init=False, repr=False)
@@ -109,7 +111,7 @@ class Renderer:
             opening = opening or (self.tokenizer.bos_token_id,)
         elif opening:
             behind = 0
-            while not self.kind.bos_first and isinstance(pieces[behind], Virtual):
+            while (self.deep or not self.kind.bos_first) and isinstance(pieces[behind], Virtual):
                 behind += 1
             pieces.insert(behind, Bos())
         object.__setattr__(self, "pieces", tuple(pieces))

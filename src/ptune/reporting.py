@@ -25,6 +25,9 @@ class Reporter:
     def kept_contexts(self, count: int, size: int, *, full: bool) -> None:
         """Keys and values of ``count`` contexts are kept, ``size`` bytes; ``full`` where more did not fit."""
 
+    def planned(self, plan: str, why: str) -> None:
+        """The first pass went by a plan of `ptune.plans`, or the latest by one that none before it had gone by."""
+
     def stepped(self, step: int, loss: float, learning_rate: float) -> None:
         """An optimizer step is done; ``loss`` is its mean over what is supervised."""
 

@@ -3,12 +3,12 @@
 No shape or setting is ever given at load, and nothing is unpickled; a folder that does not hold what it should is
 refused with what is wrong. The files and their order are those of `soft_prompt_files`.
 
-Knows nothing of training or serving. Shapes: P virtual tokens, H width.
+Knows nothing of training or serving. Shapes: P virtual tokens, H width, W as in `keys_and_values`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.config import EncoderConfig, TaskConfig
+from ptune.deep_prompts import check_deep_template
+from ptune.deep_start import check_shape
 from ptune.errors import SoftPromptError, TemplateError
 from ptune.families import ENCODER_DECODER, MASKED
+from ptune.keys_and_values import KeyValueShape
 from ptune.model_card import write_model_card
-from ptune.peft_format import read_peft_adapter, remove_peft_adapter, write_peft_adapter
+from ptune.peft_format import key_value_shape, read_peft_adapter, remove_peft_adapter, write_peft_adapter
 from ptune.soft_prompt_files import (
     BackboneEntry,
     Description,
@@ -49,6 +52,7 @@ class SoftPrompt:
         encoder: what produced the rows; None where that is not known (imported).
         backbone_name: what the user called the backbone.
         fingerprint: `Backbone.fingerprint` of the backbone.
+        deep: how keys and values lie in the rows ``[P, W]`` of a deep prompt; None for virtual tokens at the input.
         summary: of the run, JSON values; see `ptune.summary`.
     """
 
@@ -60,6 +64,7 @@ class SoftPrompt:
     fingerprint: dict[str, Any]
     max_length: int | None = None
     encoder: EncoderConfig | None = None
+    deep: KeyValueShape | None = None
     summary: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,10 +72,11 @@ class SoftPrompt:
 
         Raises:
             SoftPromptError: the template has none or another number of virtual tokens, or rows are not finite.
-            TemplateError: the template cannot be parsed.
+            TemplateError: the template cannot be parsed, or has words before the virtual tokens of a deep prompt.
         """
         rows = self.rows.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
-        expected = Template.parse(self.template).num_virtual_tokens
+        template = Template.parse(self.template)
+        expected = template.num_virtual_tokens
         if expected == 0:
             raise SoftPromptError(
                 f"the template {self.template!r} has no virtual tokens, of which a soft prompt is made; put [P*10] "
@@ -82,6 +88,13 @@ class SoftPrompt:
                 f"{list(rows.shape)}; write [P*{rows.shape[0] if rows.dim() else 1}] for all runs together, or give "
                 f"[{expected}, width]"
             )
+        if self.deep is not None:
+            check_deep_template(template)
+            if rows.shape[1] != self.deep.row_width:
+                raise SoftPromptError(
+                    f"a deep prompt's rows are {self.deep.row_width} wide ({self.deep}), and those given "
+                    f"{rows.shape[1]}; give the shape of the backbone that they belong to"
+                )
         if not torch.isfinite(rows).all():
             broken = (~torch.isfinite(rows).all(-1)).nonzero().flatten().tolist()
             raise SoftPromptError(
@@ -89,6 +102,20 @@ class SoftPrompt:
                 "train again with a lower learning rate"
             )
         object.__setattr__(self, "rows", rows)
+
+    @property
+    def input_rows(self) -> Tensor:
+        """The virtual tokens ``[P, H]`` as rows at the input, where others may start.
+
+        Raises:
+            SoftPromptError: it is a deep prompt, which has none.
+        """
+        if self.deep is not None:
+            raise SoftPromptError(
+                "a deep prompt is keys and values, and there are no rows at the input in it to start from; start from "
+                "a soft prompt that is not deep, or from a text"
+            )
+        return self.rows
 
     @property
     def fits_peft(self) -> bool:
@@ -111,7 +138,7 @@ class SoftPrompt:
             OutputError: the folder cannot be written, or the summary holds what JSON has no form for.
         """
         folder = Path(folder)
-        sha256 = begin_save(folder, self.rows)
+        sha256 = begin_save(folder, self.rows, self.deep)
         if self.fits_peft:
             config = self.fingerprint["config"]
             write_peft_adapter(
@@ -120,6 +147,7 @@ class SoftPrompt:
                 base_model=None if self.backbone_name == "mini" else self.backbone_name,
                 num_layers=config.get("num_hidden_layers"),
                 num_attention_heads=config.get("num_attention_heads"),
+                deep=self.deep,
                 task_type="SEQ_2_SEQ_LM" if self.fingerprint.get("kind") == ENCODER_DECODER.name else "CAUSAL_LM",
             )
         else:
@@ -146,6 +174,7 @@ class SoftPrompt:
                 fingerprint=description.backbone.fingerprint.model_dump(),
                 max_length=description.max_length,
                 encoder=description.encoder,
+                deep=description.deep,
                 summary=description.summary,
             )
         except (SoftPromptError, TemplateError) as error:
@@ -157,8 +186,10 @@ class SoftPrompt:
         Raises:
             SoftPromptError: it does not; names both backbones and what differs.
         """
-        width = self.rows.shape[1]
+        width = backbone.hidden_size if self.deep else self.rows.shape[1]
         if width == backbone.hidden_size and backbone.matches(self.fingerprint):
+            if self.deep is not None:
+                check_shape(self.deep, backbone)
             return
         saved, present = self.fingerprint.get("config", {}), backbone.fingerprint()["config"]
         differing = [
@@ -184,6 +215,7 @@ class SoftPrompt:
             "task": self.task.model_dump(mode="json"),
             "virtual_tokens": self.rows.shape[0],
             "width": self.rows.shape[1],
+            "deep": None if self.deep is None else asdict(self.deep),
             "norms": {"least": float(norms.min()), "mean": float(norms.mean()), "greatest": float(norms.max())},
             "max_length": self.max_length,
             "overlong": self.overlong,
@@ -204,6 +236,7 @@ class SoftPrompt:
             encoder=self.encoder,
             backbone=BackboneEntry(name=self.backbone_name, fingerprint=Fingerprint(**self.fingerprint)),
             virtual_tokens=TensorsEntry(count=self.rows.shape[0], width=self.rows.shape[1], sha256=sha256),
+            deep=self.deep,
             summary=self.summary,
         )
 
@@ -217,7 +250,7 @@ def import_peft(
     max_length: int | None = None,
     overlong: Overlong | None = None,
 ) -> SoftPrompt:
-    """Return the soft prompt for a P-tuning or prompt-tuning adapter that PEFT saved.
+    """Return the soft prompt for an adapter that PEFT saved of P-tuning, prompt tuning or prefix tuning.
 
     The encoder stays behind, for PEFT does not save it. PEFT's own logits come out where ``template`` opens with all of
     its virtual tokens, as in ``[P*10]{text}{answer}``.
@@ -242,7 +275,10 @@ def import_peft(
             f'the adapter "{folder}" has {count} virtual tokens and the template {expected}; write [P*{count}] where '
             "PEFT set them, before everything else"
         )
-    if width != backbone.hidden_size:
+    deep = key_value_shape(config)
+    if deep is not None:
+        check_shape(deep, backbone)
+    elif width != backbone.hidden_size:
         raise SoftPromptError(
             f'the adapter "{folder}" is of width {width} and the backbone "{backbone.name}" of width '
             f"{backbone.hidden_size}; load the model that it was trained on "
@@ -254,6 +290,7 @@ def import_peft(
         template=template,
         task=task,
         overlong=overlong or default_overlong(task),
+        deep=deep,
         backbone_name=backbone.name,
         fingerprint=backbone.fingerprint(),
         max_length=max_length,

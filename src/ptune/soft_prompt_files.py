@@ -1,13 +1,14 @@
 """The files of a soft prompt: what stands in ``ptune.json``, and how a folder stays whole while it is saved anew.
 
-    soft_prompt.safetensors   the virtual tokens, written first
+    soft_prompt.safetensors   the virtual tokens, or a deep prompt's keys and values, written first
     adapter_*, README.md      PEFT's own pair where it fits, and a model card
     ptune.json                everything else and the SHA-256 of the tensors, written last: the save is complete
 
 While a new save stands half, the tensors that ``ptune.json`` means are kept beside the new ones, so that at every
 moment the folder loads as the old soft prompt or the new one.
 
-Knows the settings' names and nothing of templates, backbones or models. Shapes: P virtual tokens, H width.
+Knows the settings' names and nothing of templates, backbones or models. Shapes: P virtual tokens, H width, W as in
+`keys_and_values`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from ptune.config import EncoderConfig, Settings, TaskConfig
 from ptune.errors import OutputError, SoftPromptError, did_you_mean
 from ptune.files import read_json, read_tensors, tensors_hash, write_atomically, write_json, write_tensors
+from ptune.keys_and_values import KeyValueShape
 from ptune.model_card import CARD
 from ptune.peft_format import ADAPTER_CONFIG, ADAPTER_TENSORS
 
@@ -33,6 +35,7 @@ TENSORS = "soft_prompt.safetensors"
 FORMAT_VERSION = 1
 _PREVIOUS = ".soft_prompt.previous.safetensors"
 _KEY = "virtual_tokens"
+_DEEP_KEY = "keys_and_values"
 _ATTEMPTS = 3
 """How often a folder is read anew whose description and tensors differ, for another process may be saving in it."""
 
@@ -75,6 +78,7 @@ class Description(Settings):
     encoder: EncoderConfig | None
     backbone: BackboneEntry
     virtual_tokens: TensorsEntry
+    deep: KeyValueShape | None = None
     summary: dict[str, Any]
 
     @field_serializer("encoder")
@@ -90,8 +94,10 @@ def encoder_values(encoder: EncoderConfig | None) -> dict[str, Any] | None:
     return {"type": "embedding"} if encoder.type == "embedding" else encoder.model_dump(mode="json")
 
 
-def begin_save(folder: Path, rows: Tensor) -> str:
-    """Write the virtual tokens ``[P, H]`` and return their file's SHA-256; `end_save` makes them count.
+def begin_save(folder: Path, rows: Tensor, deep: KeyValueShape | None = None) -> str:
+    """Write the virtual tokens ``[P, H]``, or keys and values ``[P, W]``, and return their file's SHA-256.
+
+    `end_save` makes them count.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -99,7 +105,7 @@ def begin_save(folder: Path, rows: Tensor) -> str:
     with contextlib.suppress(SoftPromptError):  # there is nothing yet that would load
         if tensors_hash(folder / TENSORS) == read_description(folder).virtual_tokens.sha256:
             write_atomically(folder / _PREVIOUS, lambda temporary: _copy(folder / TENSORS, temporary))
-    write_tensors(folder / TENSORS, {_KEY: rows}, {"format": "pt"})
+    write_tensors(folder / TENSORS, {_DEEP_KEY if deep else _KEY: rows}, {"format": "pt"})
     return tensors_hash(folder / TENSORS)
 
 
@@ -129,7 +135,7 @@ def read_soft_prompt(folder: Path) -> tuple[Tensor, Description]:
         description = read_description(folder)
         tensors = _tensors_of(folder, description)
         if tensors is not None:
-            return _rows_of(folder, tensors, description.virtual_tokens), description
+            return _rows_of(folder, tensors, description), description
     path = folder / TENSORS
     if not path.is_file():
         raise SoftPromptError(f'"{folder}" is damaged: it has no {TENSORS}; copy the folder again')
@@ -219,15 +225,16 @@ def _tensors_of(folder: Path, description: Description) -> dict[str, Tensor] | N
     return None
 
 
-def _rows_of(folder: Path, tensors: dict[str, Tensor], entry: TensorsEntry) -> Tensor:
+def _rows_of(folder: Path, tensors: dict[str, Tensor], description: Description) -> Tensor:
+    key, entry = _DEEP_KEY if description.deep else _KEY, description.virtual_tokens
     found = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
-    if found != {_KEY: [entry.count, entry.width]}:
+    if found != {key: [entry.count, entry.width]}:
         listed = ", ".join(f"{name} {shape}" for name, shape in found.items()) or "none"
         raise SoftPromptError(
-            f'"{folder / TENSORS}" expected one tensor {_KEY} [{entry.count}, {entry.width}] and holds {listed}; '
+            f'"{folder / TENSORS}" expected one tensor {key} [{entry.count}, {entry.width}] and holds {listed}; '
             "copy the soft prompt's folder again"
         )
-    return tensors[_KEY]
+    return tensors[key]
 
 
 def _copy(source: Path, target: Path) -> None:

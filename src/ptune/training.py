@@ -120,6 +120,7 @@ class _Run:
         self.progress = Progress()
         self.best_rows: Tensor | None = None
         self.random_state = random_state()
+        self.plans_told: set[str] = set()
         if folder.checkpoint.exists():
             self._resume()
             folder.forget_after(self.progress.step)
@@ -209,6 +210,7 @@ class _Run:
             with synchronised:
                 loss = self.task.loss(self.model, examples, self.prompted.backbone.tokenizer.pad_token_id)
                 self.accelerator.backward(loss * share)
+            self._tell_plan()
             total += loss.detach().float() * share / processes
         mean = float(self.accelerator.reduce(total, "sum"))
         norm = float(self.accelerator.clip_grad_norm_(self.prompted.encoder.parameters(), self.settings.max_grad_norm))
@@ -216,6 +218,12 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return mean
+
+    def _tell_plan(self) -> None:
+        plans = self.prompted.backbone.plans
+        if plans.last not in self.plans_told:
+            self.plans_told.add(plans.last)
+            self.reporter.planned(plans.last, plans.why)
 
     def _check(self, step: int, loss: float, gradient_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
@@ -286,6 +294,7 @@ class _Run:
         rows = self.best_rows
         prompt = SoftPrompt(
             rows=rows,
+            deep=self.prompted.deep,
             template=self.task.renderer.template.source,
             task=self.config.task,
             max_length=self.config.prompt.max_length,
@@ -300,7 +309,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.settings.trackers:
             self.accelerator.end_training()
-        self.prompted.virtual_tokens.set_rows(self.prompted.first_virtual_id, rows.to(self.prompted.backbone.device))
+        self.prompted.use(rows)
         comparison = compare_with_bare_model(self.parts)
         self.reporter.finished(prompt, self.progress, comparison)
         if comparison is not None and comparison.nothing_changed:

@@ -8,7 +8,9 @@ instance while somebody is attached, and its own back afterwards. Names, tying, 
 hooks are as they were. (Setting a wrapper by ``set_input_embeddings`` would give the same numbers, but makes
 ``tie_weights`` fail on T5, BART and BERT, and ``save_pretrained`` write a folder that reloads with random embeddings.)
 
-Knows nothing of encoders, templates, tasks or training.
+A deep prompt's ids have no row in the table: they mean keys and values, which `deep_prompts` holds.
+
+Knows nothing of encoders, tasks or training.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ptune.deep_prompts import DeepPrompts
+from ptune.keys_and_values import KeyValueShape
+
 _attached: WeakKeyDictionary[nn.Module, VirtualTokens] = WeakKeyDictionary()
 
 
@@ -28,11 +33,16 @@ class VirtualTokens:
 
     Get it by :meth:`attach`, and :meth:`detach` when done: the model is as before after the last user has left.
     Id ranges are given once and never again, so that a cache keyed by ids cannot answer with another prompt's keys.
+
+    Attributes:
+        vocabulary_size: V.
+        deep: those of its ranges that mean keys and values.
     """
 
     def __init__(self, model: nn.Module) -> None:
         matrix = input_embedding(model)
         self.vocabulary_size: int = input_matrix(model).shape[0]
+        self.deep = DeepPrompts()
         self._users = 0
         self._next_id = self.vocabulary_size
         self._segments: dict[int, Tensor] = {}
@@ -72,15 +82,25 @@ class VirtualTokens:
         self._next_id += count
         return first
 
-    def set_rows(self, first_id: int, rows: Tensor) -> None:
-        """Let ids ``first_id ..`` mean ``rows`` ([P, H], any float dtype, with or without gradient)."""
+    def set_rows(self, first_id: int, rows: Tensor, deep: KeyValueShape | None = None) -> None:
+        """Let ids ``first_id ..`` mean ``rows``.
+
+        Args:
+            first_id: where their range starts.
+            rows: ``[P, H]`` of any float dtype, with or without gradient; ``[P, W]`` for a deep prompt.
+            deep: how keys and values lie in the rows of a deep prompt.
+        """
         if not self.vocabulary_size <= first_id <= self._next_id - len(rows):
             raise ValueError(f"ids {first_id} to {first_id + len(rows) - 1} were never allocated")
+        if deep is not None:
+            self.deep.set(first_id, rows, deep)
+            return
         self._segments[first_id] = rows
         self._table = None
 
     def release(self, first_id: int) -> None:
         """Forget the rows of the range that starts at ``first_id``; its ids are not given again."""
+        self.deep.release(first_id)
         self._segments.pop(first_id, None)
         self._table = None
 
@@ -115,6 +135,12 @@ class VirtualTokens:
             return torch.where(virtual.unsqueeze(-1), nn.functional.embedding(rows, table), words)
 
         module.forward = forward
+
+
+def deep_prompts_of(model: nn.Module) -> DeepPrompts:
+    """Return the deep prompts of a model: none where nobody is attached to it."""
+    tokens = _attached.get(model)
+    return DeepPrompts() if tokens is None else tokens.deep
 
 
 def input_embedding(model: nn.Module) -> nn.Module:

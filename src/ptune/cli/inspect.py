@@ -92,6 +92,12 @@ def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{described['virtual_tokens']} of width {described['width']}, norms {norms['least']:.2g} to "
         f"{norms['greatest']:.2g}",
     )
+    if deep := described["deep"]:
+        yield (
+            "deep prompt",
+            f"at each of {deep['layers']} layers, as keys and values of {deep['heads']} heads "
+            f"{deep['head_width']} wide",
+        )
     encoder = described["encoder"]
     if encoder is not None:
         settings = (f"{name} {value}" for name, value in encoder.items() if name != "type" and value is not None)
@@ -140,6 +146,9 @@ def _inspect_prompt(folder: Path, model: str | None, count: int, *, as_json: boo
     for name, value in _facts(prompt.describe()):
         facts.add_row(f"[bold]{name}", escape(value))
     console.print(facts)
+    if prompt.deep is not None:
+        console.print("[dim]A deep prompt is keys and values at every layer, to which no words are near.[/]")
+        return
     try:
         backbone = Backbone.load(model or prompt.backbone_name)
     except BackboneError as error:

@@ -71,6 +71,10 @@ class ProgressReporter(Reporter):
             f"frozen context: {count:,} texts run once and kept, {size / 1e6:,.0f} MB{more}", style="dim"
         )
 
+    def planned(self, plan: str, why: str) -> None:
+        """Say how forward passes are carried out."""
+        self.console.print(f"plan: {plan} ({escape(why)})", style="dim")
+
     def stepped(self, step: int, loss: float, learning_rate: float) -> None:
         """Move the bar."""
         speed = self._bar.tasks[0].speed

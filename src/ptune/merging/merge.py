@@ -284,7 +284,7 @@ def _named(prompts: Mapping[str, SoftPrompt] | Sequence[str | Path]) -> dict[str
     """Return soft prompts by name.
 
     Raises:
-        SoftPromptError: there is none, two have one name, or they belong to different backbones.
+        SoftPromptError: there is none, two have one name, one is a deep prompt, or they belong to different backbones.
     """
     named: dict[str, SoftPrompt] = {}
     if isinstance(prompts, Mapping):
@@ -301,6 +301,12 @@ def _named(prompts: Mapping[str, SoftPrompt] | Sequence[str | Path]) -> dict[str
             named[name], places[name] = SoftPrompt.load(folder), folder
     if not named:
         raise SoftPromptError("there is no soft prompt to merge; name one or more folders")
+    for name, prompt in named.items():
+        if prompt.deep is not None:
+            raise SoftPromptError(
+                f'"{name}" is a deep prompt, whose keys and values at every layer no vocabulary can hold; serve it by '
+                "ptune's own engine, or train it with prompt.deep false"
+            )
     first, *others = named.items()
     for name, prompt in others:
         if not same_backbone(prompt.fingerprint, first[1].fingerprint):

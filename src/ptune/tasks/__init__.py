@@ -47,6 +47,7 @@ def task_for(
     first_virtual_id: int = -1,
     max_length: int | None = None,
     overlong: Overlong | None = None,
+    deep: bool = False,
 ) -> Task:
     """Return the task that the settings describe, bound to a template on a backbone.
 
@@ -57,6 +58,7 @@ def task_for(
         first_virtual_id: of the template's first virtual token; V where absent.
         max_length: text tokens of a row; None for no limit but the backbone's.
         overlong: what happens to an answer that is itself too long; `default_overlong` where absent.
+        deep: whether the virtual tokens are keys and values, in front of everything.
 
     Raises:
         TemplateError: the template does not go with the backbone.
@@ -71,6 +73,7 @@ def task_for(
         context_limit=backbone.context_limit,
         overlong=overlong or default_overlong(config),
         kind=backbone.kind,
+        deep=deep,
     )
     return build_task(config, renderer)
 

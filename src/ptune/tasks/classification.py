@@ -23,7 +23,8 @@ from ptune.families import MASKED
 from ptune.losses import at_least_float32
 from ptune.rendering import Renderer
 from ptune.tasks.label_reading import masked_reading, trie_reading
-from ptune.tasks.scoring import ScoringTask
+from ptune.tasks.scoring import ScoringTask, logits_read
+from ptune.tasks.task import Forward
 
 
 class Classification(ScoringTask):
@@ -92,6 +93,13 @@ class Classification(ScoringTask):
             return scores
         empty = dict.fromkeys(self.renderer.template.fields, "")
         return scores - self.scores(backbone, [self.rows(empty)], backbone.tokenizer.pad_token_id).float().cpu()
+
+    def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
+        """Return the labels' scores ``[E, C]``; of single tokens their logits, whose normaliser is one for all."""
+        if not self._reading.single:
+            return super().scores(forward, examples, pad_id)
+        rows = [row for example in examples for row in example]
+        return at_least_float32(logits_read(forward, rows, pad_id, self._reading.token[:, 0]))
 
     def scores_of(self, logits: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
         """Return the labels' scores ``[E, C]`` from logits ``[E * S, V]``."""

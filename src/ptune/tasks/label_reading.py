@@ -46,6 +46,11 @@ class LabelReading:
         """Rows of one example."""
         return len(self.prefixes) or len(self.masks)
 
+    @property
+    def single(self) -> bool:
+        """Whether every label is one token, all read at one place."""
+        return self.mask.shape[1] == 1 and int(self.place.max()) == 0
+
     def rows(self, renderer: Renderer, record: Mapping[str, Any]) -> tuple[Row, ...]:
         """Return a record's rows. All labels get the same room, so that training and serving cut records alike.
 

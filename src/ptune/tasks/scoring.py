@@ -139,10 +139,13 @@ class ScoringTask(Task):
             return self.corrected(scores, backbone)
 
 
-def logits_read(forward: Forward, rows: Sequence[Row], pad_id: int) -> Tensor:
-    """Return the logits ``[S, V]`` of all places that rows read, in their order, by one forward pass."""
+def logits_read(forward: Forward, rows: Sequence[Row], pad_id: int, columns: Tensor | None = None) -> Tensor:
+    """Return the logits ``[S, V]`` of all places that rows read, in their order, by one forward pass.
+
+    Those of some tokens alone where they are given as ``columns``, ``[C]`` int64.
+    """
     batch = collate(rows, pad_id)
     positions = torch.zeros_like(batch.input_ids, dtype=torch.bool)  # [B, T]
     for number, row in enumerate(rows):
         positions[number, row.read_at] = True
-    return forward(batch.input_ids, batch.attention_mask, positions=positions)
+    return forward(batch.input_ids, batch.attention_mask, positions=positions, columns=columns)

@@ -29,8 +29,9 @@ class Forward(Protocol):
         *,
         labels: Tensor | None = None,
         positions: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
-        """Return the summed loss for labels, or logits ``[N, V]`` after positions."""
+        """Return the summed loss for labels, or logits ``[N, V]`` after positions, ``[N, C]`` of some tokens alone."""
 
 
 @dataclass(frozen=True)
