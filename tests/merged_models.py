@@ -38,7 +38,7 @@ def model(family: str, *, tied: bool, rows: int = TOKENS) -> PreTrainedModel:
         for name, parameter in made.named_parameters():  # a channel that no layer writes to
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter[0] = 0
-        made.get_input_embeddings().weight[:TOKENS, 0] = 4.0 if family == "gemma" else 1.0
+        made.get_input_embeddings().weight[:TOKENS, 0] = 4.0 if family == "gemma" else 2.0
     return made.eval()
 
 
