@@ -113,10 +113,10 @@ TASKS = (
         template="{text}[P*10]{answer}",
         verbalizer=_sentiment(" great", " terrible"),
         hand_written=_REVIEWS,
-        max_length=200,
+        max_length=128,
         batch_size=8,
-        steps=80,
-        limits={"train": 4000, "dev": 150, "test": 2000},
+        steps=60,
+        limits={"train": 4000, "dev": 150, "test": 600},
     ),
     QualityTask(
         name="clinc150",
@@ -125,7 +125,7 @@ TASKS = (
         hand_written=_INTENT_TEMPLATES,
         max_length=64,
         batch_size=16,
-        steps=300,
+        steps=120,
         limits={"train": 2000, "dev": 400, "test": 600},
     ),
     QualityTask(

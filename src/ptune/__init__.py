@@ -15,6 +15,7 @@ _HOMES = {
     "BackboneError": "errors",
     "Engine": "engine",
     "GenerationOptions": "generation",
+    "MergedModel": "merging.merge",
     "MissingExtraError": "errors",
     "OutputError": "errors",
     "PromptEncoder": "encoder",
@@ -30,6 +31,7 @@ _HOMES = {
     "VirtualTokens": "virtual_tokens",
     "load_config": "config_file",
     "load_records": "data",
+    "merge_prompts": "merging.merge",
     "prompted": "drop_in",
     "train": "training",
 }
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from ptune.errors import TemplateError as TemplateError
     from ptune.errors import TrainingError as TrainingError
     from ptune.generation import GenerationOptions as GenerationOptions
+    from ptune.merging.merge import MergedModel as MergedModel
+    from ptune.merging.merge import merge_prompts as merge_prompts
     from ptune.prompted_model import PromptedModel as PromptedModel
     from ptune.reporting import Reporter as Reporter
     from ptune.soft_prompt import SoftPrompt as SoftPrompt

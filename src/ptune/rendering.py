@@ -70,6 +70,8 @@ class Renderer:
         overlong: what happens to an answer that is itself too long.
         kind: of the model that will read: where its tokenizer's own tokens stand, and where an answer may.
         deep: virtual tokens that open the template stand before the tokenizer's own first token, whatever the kind.
+        pieces: the template's, with [bos] where the tokenizer's own first tokens stand.
+        opening: their ids.
 
     Raises:
         TemplateError: the template names [bos] and the tokenizer has no such token, or more follows the answer and
@@ -85,7 +87,8 @@ class Renderer:
     overlong: Overlong = "error"
     kind: Kind = CAUSAL
     deep: bool = False
-    _opening: tuple[int, ...] = dataclasses.field(init=False, repr=False)
+    pieces: tuple[Piece, ...] = dataclasses.field(init=False, repr=False)
+    opening: tuple[int, ...] = dataclasses.field(init=False, repr=False)
     _stretches: tuple[tuple[int, ...] | _Words | Answer, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -111,7 +114,8 @@ class Renderer:
             while (self.deep or not self.kind.bos_first) and isinstance(pieces[behind], Virtual):
                 behind += 1
             pieces.insert(behind, Bos())
-        object.__setattr__(self, "_opening", opening)
+        object.__setattr__(self, "pieces", tuple(pieces))
+        object.__setattr__(self, "opening", opening)
         object.__setattr__(self, "_stretches", tuple(self._compiled(pieces, opening, closing)))
 
     def _compiled(
@@ -193,7 +197,7 @@ class Renderer:
         """
         ids = self._tokens(answer)
         if self.kind is ENCODER_DECODER:
-            ids = [*self._opening, *ids]  # BART's decoder writes <s> first, as its tokenizer has it
+            ids = [*self.opening, *ids]  # BART's decoder writes <s> first, as its tokenizer has it
         if not end:
             return ids
         if self.tokenizer.eos_token_id is None:

@@ -16,6 +16,7 @@ from ptune.cli.generate import generate
 from ptune.cli.import_peft import import_peft
 from ptune.cli.inspect import inspect
 from ptune.cli.list import list_prompts
+from ptune.cli.merge import merge
 from ptune.cli.serve import serve
 from ptune.cli.train import train
 from ptune.errors import PtuneError
@@ -36,6 +37,7 @@ app.command()(predict)
 app.command()(generate)
 app.command(context_settings=_ANY_SETTING)(inspect)
 app.command("list")(list_prompts)
+app.command()(merge)
 app.command("import")(import_peft)
 app.command()(serve)
 app.command()(demo)

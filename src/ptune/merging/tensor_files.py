@@ -1,0 +1,120 @@
+"""A safetensors file written anew with some of its tensors replaced or added, all others copied byte for byte.
+
+The bytes stream from file to file, so a shard of any size takes little memory and formats that torch lacks pass.
+Knows the format (eight bytes of length, a JSON header, data) and nothing of what tensors mean.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ptune.errors import BackboneError
+from ptune.files import one_line
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOATS = {name: dtype for dtype, name in _NAMES.items()}
+"""What a matrix that is extended may be stored as; all else is quantised."""
+_ALIGNMENT = 8
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file by its header.
+
+    Attributes:
+        path: where it is.
+        entries: by tensor name: ``dtype``, ``shape`` and ``data_offsets`` from ``start``.
+        metadata: free text of the file.
+        start: where the data begins.
+    """
+
+    path: Path
+    entries: dict[str, dict[str, Any]]
+    metadata: dict[str, str] | None
+    start: int
+
+    @classmethod
+    def open(cls, path: Path) -> TensorFile:
+        """Read a file's header.
+
+        Raises:
+            BackboneError: the file is missing or no safetensors file.
+        """
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > path.stat().st_size:
+                    raise ValueError("its header is longer than the file")
+                header = json.loads(file.read(length))
+        except (OSError, ValueError) as error:
+            raise BackboneError(
+                f'"{path}" is missing, cut short or no safetensors file ({one_line(error)}); copy the model again'
+            ) from error
+        metadata = header.pop("__metadata__", None)
+        return cls(path, header, metadata, 8 + length)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor of a float dtype, of the shape that the file says."""
+        entry = self.entries[name]
+        first, last = entry["data_offsets"]
+        with self.path.open("rb") as file:
+            file.seek(self.start + first)
+            data = bytearray(file.read(last - first))
+        return torch.frombuffer(data, dtype=FLOATS[entry["dtype"]]).reshape(entry["shape"])
+
+    def write_with(self, target: Path, changed: Mapping[str, Tensor]) -> None:
+        """Write the file anew to ``target``, with tensors of any shape and float dtype in place of, or beside, its own.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        dtypes = {name: entry["dtype"] for name, entry in self.entries.items()}
+        dtypes |= {name: _NAMES[tensor.dtype] for name, tensor in changed.items()}
+        order = sorted(
+            dtypes, key=lambda name: (-_bits(dtypes[name]), name)
+        )  # wide ones first, so that all are aligned
+        header: dict[str, Any] = {} if self.metadata is None else {"__metadata__": self.metadata}
+        place = 0
+        for name in order:
+            shape = list(changed[name].shape) if name in changed else self.entries[name]["shape"]
+            size = changed[name].nbytes if name in changed else self._size(name)
+            header[name] = {"dtype": dtypes[name], "shape": shape, "data_offsets": [place, place + size]}
+            place += size
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % _ALIGNMENT)
+        with self.path.open("rb") as source, target.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little"))
+            file.write(encoded)
+            for name in order:
+                if name in changed:
+                    file.write(changed[name].contiguous().view(torch.uint8).numpy().tobytes())
+                else:
+                    source.seek(self.start + self.entries[name]["data_offsets"][0])
+                    _copy(source, file, self._size(name))
+
+    def _size(self, name: str) -> int:
+        first, last = self.entries[name]["data_offsets"]
+        return int(last - first)
+
+
+def _bits(dtype: str) -> int:
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8  # BOOL
+
+
+def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
+    while size > 0:
+        block = source.read(min(size, _BLOCK))
+        if not block:
+            raise BackboneError(f'"{source.name}" is cut short; copy the model again')
+        target.write(block)
+        size -= len(block)
