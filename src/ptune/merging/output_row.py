@@ -34,7 +34,7 @@ _SAFE = 1e-12
 _MARGINS = (30.0, 60.0, 1000.0)
 _RIDGES = (1e-1, 1e-3, 1e-6)
 _ROUNDS = (128, 512, 2048)
-_CONFIRMED = 512
+_CONFIRMED = 256
 _WRITTEN = 32
 _BATCH = 8  # texts whose logits are held at once
 
@@ -56,19 +56,21 @@ class OutputRow:
     positions: int
 
 
-def sample_texts(backbone: Backbone, contexts: Sequence[Sequence[int]], count: int, seed: int) -> list[list[int]]:
+def sample_texts(
+    backbone: Backbone, contexts: Sequence[Sequence[int]], count: int, seed: int, *, singles: bool = True
+) -> list[list[int]]:
     """Return ids of texts: what the model writes behind ``count`` words and behind contexts, and single words."""
     generator = torch.Generator().manual_seed(seed)
     tokenizer, limit = backbone.tokenizer, backbone.context_limit
     opening = opening_ids(tokenizer)
     words = torch.randint(len(tokenizer), (9 * count,), generator=generator).tolist()
     short = [[*opening, word] for word in words[:count]]
-    singles = [[*opening, word] for word in words[count:]]
+    alone = [[*opening, word] for word in words[count:]] if singles else []
     room = _WRITTEN if limit is None else min(_WRITTEN, limit - len(opening) - 1)
     long = [list(ids) for ids in contexts if limit is None or len(ids) + room <= limit]
     options = GenerationOptions(max_new_tokens=room, do_sample=True, seed=seed)
     written = generate(backbone, [*short, *long], options, batch_size=256)
-    return [*([*start, *answer.ids] for start, answer in zip([*short, *long], written, strict=True)), *singles]
+    return [*([*start, *answer.ids] for start, answer in zip([*short, *long], written, strict=True)), *alone]
 
 
 def find_output_row(backbone: Backbone, contexts: Sequence[Sequence[int]], count: int, dtype: torch.dtype) -> OutputRow:
@@ -92,9 +94,8 @@ def find_output_row(backbone: Backbone, contexts: Sequence[Sequence[int]], count
         best = _best_row(backbone, texts[::2], texts[1::2], count, dtype)
         if best.probability >= LIMIT:
             continue
-        fresh = sample_texts(
-            backbone, contexts, _CONFIRMED, 2 * number + 1
-        )  # a rare state may not have been among them
+        # A rare state may not have been among them; words that stand alone, which no text does, are not counted.
+        fresh = sample_texts(backbone, contexts, _CONFIRMED, 2 * number + 1, singles=False)
         greatest, positions = _measure(backbone, fresh, best.weight.to(backbone.device), best.bias or 0.0, count)
         best = replace(best, probability=max(best.probability, greatest), positions=best.positions + positions)
         if best.probability < LIMIT:
