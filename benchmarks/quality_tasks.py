@@ -135,7 +135,7 @@ TASKS = (
         hand_written=_SHOPPING,
         max_length=64,
         batch_size=16,
-        steps=160,
+        steps=100,
         limits={"train": 6000, "dev": 400, "test": 2000},
     ),
 )

@@ -29,7 +29,10 @@ def merge(
     typer.echo(
         f"virtual tokens  {len(ids)}, ids {min(ids)} to {max(ids)}, of {merged.rows} rows ({merged.appended} new)"
     )
-    typer.echo(f"never said      probability at most {merged.probability:.1g} at {merged.positions} positions")
+    typer.echo(
+        f"not said        probability at most {merged.probability:.1g}, {merged.mean_probability:.1g} on the mean of "
+        f"{merged.positions} positions"
+    )
     typer.echo(
         f"rounding        {rounding.relative:.1g} of the norm; another next token in {rounding.changed} of "
         f"{rounding.contexts} contexts"

@@ -61,7 +61,8 @@ class MergedModel:
         rewritten: files of weights that are new; the others are links to the backbone's.
         untied: the output head was the input matrix and is now one of its own.
         probability: the greatest that all virtual tokens together were measured to have.
-        positions: at how many positions that was.
+        mean_probability: of it, over all positions that were measured.
+        positions: how many these were.
         rounding: what storing the virtual tokens in the model's dtype costs.
     """
 
@@ -72,6 +73,7 @@ class MergedModel:
     rewritten: list[str]
     untied: bool
     probability: float
+    mean_probability: float
     positions: int
     rounding: Rounding
 
@@ -163,7 +165,7 @@ class _Merge:
             changed[self._files.bias] = _extended(bias, after, ids, value.expand(len(ids), 1), value).flatten()
         rewritten = self._files.write(folder, changed)
         self._files.write_config(folder, after)
-        self._write_generation_config(folder)
+        self._write_generation_config(folder, ids)
         self.facts = {
             "tasks": self._ids_of_tasks(ids),
             "rows": after,
@@ -171,6 +173,7 @@ class _Merge:
             "rewritten": rewritten,
             "untied": self._files.tied,
             "probability": never.probability,
+            "mean_probability": never.mean,
             "positions": never.positions,
             "rounding": rounding,
         }
@@ -234,13 +237,14 @@ class _Merge:
             contexts += [renderer.context(record) for record in probe_records(renderer.template, 2)]
         return contexts
 
-    def _write_generation_config(self, folder: Path) -> None:
+    def _write_generation_config(self, folder: Path, ids: Sequence[int]) -> None:
         source = self._files.folder / "generation_config.json"
         config = read_json(source, BackboneError) if source.is_file() else {}
         tokenizer = self._backbone.tokenizer
         ends = end_ids(self._files.folder, tokenizer.eos_token_id)
         config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         config.setdefault("pad_token_id", tokenizer.pad_token_id)
+        config["suppress_tokens"] = sorted({*(config.get("suppress_tokens") or ()), *ids})  # read by transformers alone
         write_json(folder / "generation_config.json", config)
 
     def _describe(self, folder: Path, mark: str) -> None:

@@ -170,8 +170,9 @@ def _limits(description: Mapping[str, Any]) -> str:
     rounding, tasks = description["rounding"], description["tasks"]
     limits = sorted({task["max_length"] for task in tasks.values() if task["max_length"]})
     lines = [
-        f"- Virtual tokens are never said: together they had a probability of at most {description['probability']:.1g} "
-        f"at {description['positions']} positions of text that the model wrote itself.",
+        f"- Virtual tokens are not said: together they had a probability of at most {description['probability']:.1g}, "
+        f"and {description['mean_probability']:.1g} on the mean, at {description['positions']} positions of text that "
+        "the model wrote itself; under transformers they are suppressed besides.",
         f"- They are stored in {description['dtype']}: rounded by {rounding['relative']:.1g} of their norm, which "
         f"changed the likeliest next token in {rounding['changed']} of {rounding['contexts']} contexts, and its "
         f"log-probability by {rounding['log_probability']:.1g} at most.",
