@@ -120,22 +120,25 @@ def run_script(script: str, model: Path, records: list[dict[str, str]], output: 
     return namespace
 
 
-def check_script(model: Path, records: list[dict[str, str]], output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def steps_of_script(
+    model: Path, records: list[dict[str, str]], output: Path, capsys: pytest.CaptureFixture[str]
+) -> int:
+    """Run the script with its two lines changed, look at all it did, and return how many steps it took."""
     result = run_script(two_lines_changed(SCRIPT), model, records, output)
     assert "parameters (" in capsys.readouterr().out
-    assert result["trainer"].state.global_step == math.ceil(len(records) / 8)
     assert math.isfinite(result["trainer"].state.log_history[-1]["train_loss"])
     assert result["answer"].startswith("Human: Give three tips.\n\nAssistant: ")
     original = AutoModelForCausalLM.from_pretrained(model).state_dict()
     trained = result["model"].prompted.backbone.model.state_dict()
     assert all(torch.equal(trained[name], value) for name, value in original.items())
     result["model"].close()
+    return int(result["trainer"].state.global_step)
 
 
 def test_the_tutorials_script_runs_with_two_lines_changed(
     bloom_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_script(bloom_folder, RECORDS, tmp_path / "ours", capsys)
+    assert steps_of_script(bloom_folder, RECORDS, tmp_path / "ours", capsys) == math.ceil(len(RECORDS) / 8)
 
 
 def test_the_tutorials_script_is_one_that_runs_on_peft(bloom_folder: Path, tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def test_the_tutorials_script_runs_on_alpaca(
     with (real_data / "alpaca_zh" / "train.jsonl").open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in islice(lines, 64)]
     records = [{name: record.get(name) or "" for name in ("instruction", "input", "output")} for record in records]
-    check_script(bloom_folder, records, tmp_path / "alpaca", capsys)
+    assert steps_of_script(bloom_folder, records, tmp_path / "alpaca", capsys) == math.ceil(len(records) / 8)
 
 
 def tokenised(records: list[dict[str, str]] = RECORDS) -> Dataset:

@@ -370,7 +370,7 @@ def test_a_lock_outlives_the_removal_of_its_folder(tmp_path: Path) -> None:
         (folder / ".lock").unlink()
         folder.rmdir()
         with folder_lock(folder):
-            pass
+            assert (folder / ".lock").exists()
 
 
 def test_only_one_of_many_runs_holds_a_folder_at_a_time(tmp_path: Path) -> None:
