@@ -69,7 +69,7 @@ def test_mini_continues_a_text(mini: Backbone) -> None:
 
 
 def test_the_demo_shows_a_clear_gain_in_a_process_of_its_own(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "COLUMNS": "160", "TERM": "dumb"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160", "TERM": "dumb"}
     command = [sys.executable, "-m", "ptune", "demo", "--output", str(tmp_path / "demo")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
