@@ -126,7 +126,7 @@ def test_eval_shows_a_table_and_writes_the_same_as_json(classifier: Path, place:
     result = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert (result["records"], result["prompt"]) == (20, str(classifier))
     assert result["metrics"]["accuracy"] in [n / 20 for n in range(21)]
-    assert "on 20 records of" in done.stdout.replace("\n", " ")
+    assert "on 20 records of" in " ".join(done.stdout.split())  # a long path breaks the title anywhere
     assert "accuracy" in done.stdout
     assert f"{100 * result['metrics']['accuracy']:.1f}%" in done.stdout
 

@@ -124,6 +124,7 @@ class _Run:
         if folder.checkpoint.exists():
             self._resume()
             folder.forget_after(self.progress.step)
+        accelerator.wait_for_everyone()  # else the first to go on writes a checkpoint that another takes for an old one
 
     def _resume(self) -> None:
         self.progress, self.best_rows, self.random_state = load_checkpoint(
