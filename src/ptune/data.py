@@ -97,8 +97,7 @@ def split_dev(
 
 def draw(records: Sequence[Record], count: int, seed: int = 0) -> list[Record]:
     """Return ``count`` of the records, in their old order; the same for the same seed, whatever the order."""
-    ranked = sorted(range(len(records)), key=lambda index: _rank(_canonical(records[index]), seed))
-    return [records[index] for index in sorted(ranked[:count])]
+    return [records[index] for index in sorted(_drawn(records, range(len(records)), count, seed))]
 
 
 def draw_shots(
@@ -129,8 +128,12 @@ def draw_shots(
                 f'data.shots asks for {count} records of each label, and "{label}" has {len(indices)}; lower it, or '
                 "add records"
             )
-        chosen.update(sorted(indices, key=lambda index: _rank(_canonical(records[index]), seed))[:count])
+        chosen.update(_drawn(records, indices, count, seed))
     return [records[index] for index in sorted(chosen)]
+
+
+def _drawn(records: Sequence[Record], indices: Iterable[int], count: int, seed: int) -> list[int]:
+    return sorted(indices, key=lambda index: _rank(_canonical(records[index]), seed))[:count]
 
 
 def data_hash(records: Iterable[Mapping[str, Any]]) -> str:
