@@ -188,18 +188,18 @@ def test_a_client_that_goes_away_frees_the_engine(served: Served) -> None:
             answer = served.http.post("/v1/classify", json=CLASSIFY)
             assert answer.status_code == 200
             assert len(served.forwards) < 150
-        assert served.metric('ptune_requests_total{endpoint="/v1/completions",status="499"}') >= 1
+        wait_until(lambda: served.metric('ptune_requests_total{endpoint="/v1/completions",status="499"}') >= 1)
     finally:
         served.before_forward.clear()
 
 
 def test_a_request_past_its_deadline_ends(backbone: Backbone, folder: Path) -> None:
-    with serving(backbone, folder, deadline_seconds=0.5) as served:
+    with serving(backbone, folder, deadline_seconds=2) as served:
         served.before_forward.append(lambda: time.sleep(0.05))
         answer = served.http.post("/v1/completions", json={**COMPLETION, "max_tokens": 200})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         stream = served.openai.completions.create(**COMPLETION, max_tokens=200, stream=True)
-        with pytest.raises(openai.APIError, match=r"no answer within 0\.5 s"):
+        with pytest.raises(openai.APIError, match="no answer within 2 s"):
             list(stream)
         served.before_forward.clear()
         assert served.http.post("/v1/classify", json=CLASSIFY).status_code == 200
@@ -237,29 +237,34 @@ def test_a_prompt_replaced_under_load_answers_old_or_new_and_nothing_else(
     assert abs(right[0] - right[1]) > 1e-3
     with serving(backbone, tmp_path) as served, ThreadPoolExecutor(3) as pool:
         over = threading.Event()
+        answered: tuple[list[float], list[float]] = ([], [])
 
-        def ask(_number: int = 0) -> list[float]:
-            answers = []
+        def ask(answers: list[float]) -> None:
             while not over.is_set():
                 answer = served.http.post("/v1/classify", json=CLASSIFY)
                 assert answer.status_code == 200
                 answers.append(answer.json()["data"][0]["probability"])
-            return answers
 
-        asking = [pool.submit(ask) for _ in range(2)]
+        def wait_for_answers(more: int) -> None:
+            wanted = [len(answers) + more for answers in answered]
+            wait_until(lambda: all(len(answers) >= count for answers, count in zip(answered, wanted, strict=True)))
+
+        asking = [pool.submit(ask, answers) for answers in answered]
         try:
-            time.sleep(0.2)
+            wait_for_answers(3)
             new.save(tmp_path / "mood")
             wait_until(lambda: served.metric("ptune_prompt_loads_total") == 2)
-            time.sleep(0.2)
+            wait_for_answers(3)
         finally:
             over.set()
-        for answers in (one.result() for one in asking):
+        for one in asking:
+            one.result()
+        for answers in answered:
             kinds = [min((0, 1), key=lambda n: abs(right[n] - answer)) for answer in answers]
             assert kinds == sorted(kinds)
             assert {kinds[0], kinds[-1]} == {0, 1}
             assert all(abs(right[kind] - answer) < 1e-5 for kind, answer in zip(kinds, answers, strict=True))
-        assert served.metric("ptune_prompts_in_memory") == 1
+        wait_until(lambda: served.metric("ptune_prompts_in_memory") == 1)
 
         shutil.copytree(folder / "answer", tmp_path / "late")
         wait_until(lambda: served.http.post("/v1/completions", json={**COMPLETION, "model": "late"}).is_success)
@@ -271,7 +276,7 @@ def test_a_prompt_replaced_under_load_answers_old_or_new_and_nothing_else(
         shutil.rmtree(tmp_path / "mood")
         wait_until(lambda: served.http.post("/v1/classify", json=CLASSIFY).status_code == 404)
         wait_until(lambda: served.http.post("/v1/completions", json={**COMPLETION, "model": "late"}).is_success)
-        assert served.metric("ptune_prompts_in_memory") == 1
+        wait_until(lambda: served.metric("ptune_prompts_in_memory") == 1)
 
 
 def test_a_request_in_flight_finishes_on_the_prompt_that_it_began_with(
@@ -292,7 +297,7 @@ def test_a_request_in_flight_finishes_on_the_prompt_that_it_began_with(
         assert text == before
         after = served.openai.completions.create(**ask).choices[0].text
         assert after != before
-        assert served.metric("ptune_prompts_in_memory") == 1
+        wait_until(lambda: served.metric("ptune_prompts_in_memory") == 1)
 
 
 def test_prompts_beyond_the_budget_leave_and_come_back(backbone: Backbone, folder: Path) -> None:
