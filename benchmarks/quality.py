@@ -31,12 +31,13 @@ from quality_tasks import TASKS, QualityTask
 
 from ptune.assembly import Parts
 from ptune.backbone import Backbone
-from ptune.config import ClassificationConfig, RunConfig, TrainingConfig
+from ptune.config import RunConfig, TrainingConfig
 from ptune.data import Record, draw_shots
 from ptune.engine import Engine
 from ptune.errors import PtuneError
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
+from ptune.task_config import ClassificationConfig
 from ptune.tasks import task_for
 from ptune.template import Template
 from ptune.training import train

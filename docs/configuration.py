@@ -9,18 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ptune.config import (
-    ChoiceConfig,
-    ClassificationConfig,
-    DataConfig,
-    EncoderConfig,
-    GenerationConfig,
-    ModelConfig,
-    PromptConfig,
-    RunConfig,
-    StartConfig,
-    TrainingConfig,
-)
+from ptune.config import DataConfig, EncoderConfig, ModelConfig, PromptConfig, RunConfig, StartConfig, TrainingConfig
+from ptune.task_config import ChoiceConfig, ClassificationConfig, GenerationConfig
 
 PAGE = Path(__file__).with_suffix(".md")
 
@@ -43,7 +33,7 @@ must be given. On the command line each goes by its name: `--training.learning_r
 where the last part is unique. A name that does not exist is refused with the nearest right one, and all mistakes are
 reported at once.
 
-Made from `src/ptune/config.py`.
+Made from `src/ptune/config.py` and `src/ptune/task_config.py`.
 """
 
 REASONS = """

@@ -10,8 +10,8 @@ from tiny_models import FAMILIES, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ptune.backbone import Backbone
-from ptune.config import ClassificationConfig, GenerationConfig
 from ptune.soft_prompt import SoftPrompt
+from ptune.task_config import ClassificationConfig, GenerationConfig
 
 TOKENS = len(tiny_tokenizer())
 """Of the tokenizer: a matrix may be exactly as long, or longer."""

@@ -18,11 +18,11 @@ from soft_prompts import make
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.backbone import Backbone
-from ptune.config import ChoiceConfig, ClassificationConfig, GenerationConfig
 from ptune.engine import Engine
 from ptune.serve.app import create_app
 from ptune.serve.settings import ServeSettings
 from ptune.soft_prompt import SoftPrompt
+from ptune.task_config import ChoiceConfig, ClassificationConfig, GenerationConfig
 
 
 def tiny_backbone() -> Backbone:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ptune.backbone import Backbone
-from ptune.config import ClassificationConfig, EncoderConfig
+from ptune.config import EncoderConfig
 from ptune.soft_prompt import SoftPrompt
+from ptune.task_config import ClassificationConfig
 
 TEMPLATE = "[P*4]Review: {text}\nVerdict:{answer}"
 TASK = ClassificationConfig(verbalizer={"good": " great", "bad": " terrible"})

@@ -10,9 +10,9 @@ from sklearn import metrics as sklearn_metrics
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.backbone import Backbone
-from ptune.config import ChoiceConfig, ClassificationConfig
 from ptune.errors import DataError
 from ptune.readers import Record
+from ptune.task_config import ChoiceConfig, ClassificationConfig
 from ptune.tasks import task_for
 from ptune.tasks.choice import Choice
 from ptune.tasks.metrics import confusion, expected_calibration_error, macro_f1, micro_f1

@@ -11,12 +11,13 @@ from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
 from ptune.backbone import Backbone
 from ptune.batch import collate
-from ptune.config import ClassificationConfig, EncoderConfig
+from ptune.config import EncoderConfig
 from ptune.encoder import build_encoder
 from ptune.errors import ConfigError, DataError
 from ptune.prompted_model import PromptedModel
 from ptune.readers import Record
 from ptune.rendering import Renderer
+from ptune.task_config import ClassificationConfig
 from ptune.tasks import build_task
 from ptune.tasks.classification import Classification
 from ptune.template import Template

@@ -9,16 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ptune.config import (
-    ChoiceConfig,
-    ClassificationConfig,
-    DataConfig,
-    EncoderConfig,
-    ModelConfig,
-    RunConfig,
-    StartConfig,
-    TrainingConfig,
-)
+from ptune.config import DataConfig, EncoderConfig, ModelConfig, RunConfig, StartConfig, TrainingConfig
 from ptune.config_file import (
     config_yaml,
     differing_settings,
@@ -29,6 +20,7 @@ from ptune.config_file import (
     setting_names,
 )
 from ptune.errors import ConfigError
+from ptune.task_config import ChoiceConfig, ClassificationConfig
 
 SMALL: dict[str, Any] = {
     "model": "mini",

@@ -21,7 +21,7 @@ from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
 from ptune.assembly import template_for
 from ptune.backbone import Backbone
-from ptune.config import GenerationConfig, RunConfig
+from ptune.config import RunConfig
 from ptune.config_file import load_config
 from ptune.data import Record
 from ptune.deep_start import keys_and_values_of
@@ -30,6 +30,7 @@ from ptune.errors import BackboneError, ConfigError, SoftPromptError, TemplateEr
 from ptune.peft_format import read_peft_adapter
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt, import_peft
+from ptune.task_config import GenerationConfig
 from ptune.training import Stopped, train
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]

@@ -12,9 +12,9 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune import Engine, SoftPrompt
 from ptune.backbone import Backbone
-from ptune.config import ChoiceConfig, ClassificationConfig, GenerationConfig
 from ptune.errors import DataError, SoftPromptError
 from ptune.generation import GenerationOptions
+from ptune.task_config import ChoiceConfig, ClassificationConfig, GenerationConfig
 
 TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果"]
 

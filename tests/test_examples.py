@@ -13,9 +13,10 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.assembly import build_task, read_records
 from ptune.backbone import Backbone
-from ptune.config import TASK_CONFIGS, ClassificationConfig, RunConfig
+from ptune.config import RunConfig
 from ptune.config_file import load_config
 from ptune.soft_prompt import SoftPrompt
+from ptune.task_config import TASK_CONFIGS, ClassificationConfig
 from ptune.template import Template
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

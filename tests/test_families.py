@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ptune.backbone import Backbone
 from ptune.batch import IGNORED
-from ptune.config import ClassificationConfig, GenerationConfig, RunConfig
+from ptune.config import RunConfig
 from ptune.data import load_records
 from ptune.encoder import PromptEncoder
 from ptune.engine import Engine
@@ -26,6 +26,7 @@ from ptune.generation import GenerationOptions, generate
 from ptune.prompted_model import PromptedModel
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
+from ptune.task_config import ClassificationConfig, GenerationConfig
 from ptune.tasks import task_for
 from ptune.template import Template
 from ptune.training import train

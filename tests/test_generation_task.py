@@ -9,10 +9,10 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.backbone import Backbone
-from ptune.config import GenerationConfig
 from ptune.errors import DataError, TemplateError
 from ptune.readers import Record
 from ptune.rendering import Renderer
+from ptune.task_config import GenerationConfig
 from ptune.tasks import Generation, build_task
 from ptune.tasks.generation import rouge_l, score_texts
 from ptune.template import Template

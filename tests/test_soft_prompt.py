@@ -17,10 +17,11 @@ from soft_prompts import TASK, TEMPLATE, assert_same, make
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.backbone import Backbone
-from ptune.config import ClassificationConfig, EncoderConfig, GenerationConfig
+from ptune.config import EncoderConfig
 from ptune.errors import SoftPromptError, TemplateError
 from ptune.soft_prompt import SoftPrompt
 from ptune.soft_prompt_files import size_in_bytes
+from ptune.task_config import ClassificationConfig, GenerationConfig
 
 ENCODERS = [
     None,

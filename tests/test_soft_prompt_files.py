@@ -179,7 +179,7 @@ def test_what_stands_in_a_folder_instead_is_told(tmp_path: Path, gpt2: Backbone)
 
 WRITER = """
 import sys, torch
-from ptune.config import GenerationConfig
+from ptune.task_config import GenerationConfig
 from ptune.soft_prompt import SoftPrompt
 count = 0
 while True:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.chat_template import in_chat
-from ptune.config import ClassificationConfig, RunConfig, StartConfig, label_text
+from ptune.config import RunConfig, StartConfig
 from ptune.data import Record, data_hash, draw, draw_shots, has_split, load_records, split_dev
 from ptune.deep_encoder import DeepEncoder, build_deep_encoder
 from ptune.deep_prompts import check_deep_template
@@ -21,7 +21,9 @@ from ptune.encoder import PromptEncoder, build_encoder
 from ptune.errors import ConfigError, DataError
 from ptune.initial_rows import initial_rows
 from ptune.prompted_model import PromptedModel
+from ptune.settings import label_text
 from ptune.soft_prompt import SoftPrompt
+from ptune.task_config import ClassificationConfig
 from ptune.tasks import Example, Task, task_for
 from ptune.template import Template
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from ptune.assembly import Parts
 from ptune.backbone import Backbone
-from ptune.config import GenerationConfig
 from ptune.generation import GenerationOptions, generate
+from ptune.task_config import GenerationConfig
 from ptune.tasks import Task
 
 _QUESTION = "Which animals live in the sea?"

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from ptune.settings import Settings
+from ptune.task_config import ClassificationConfig, TaskConfig
 from ptune.template import Template
-
-
-class Settings(BaseModel):
-    """Base of all settings: immutable, unknown names refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def _bytes(size: str) -> int:
@@ -158,88 +154,6 @@ class PromptConfig(Settings):
         return self
 
 
-class ClassificationConfig(Settings):
-    """A record belongs to one of several labels, each with words that stand for it."""
-
-    type: Literal["classification"] = "classification"
-    label_field: str = Field("label", description="The record's field that holds its label.")
-    verbalizer: dict[str, str] = Field(
-        description="Label -> its words, blanks kept, as in {positive: ' great', negative: ' terrible'}."
-    )
-    calibration: Literal["none", "length", "prior"] = Field(
-        "none", description="Divide a label's score by its tokens, or subtract its score under an empty record."
-    )
-
-    metric: Literal["accuracy", "macro_f1", "micro_f1"] = Field("accuracy", description="Chooses the best checkpoint.")
-    negative_label: str | None = Field(
-        None, description="Left out of micro F1, as relation extraction leaves out its class for no relation."
-    )
-    label_weights: dict[str, float] = Field(
-        default_factory=dict, description="How much a label's examples weigh in the loss; 1 where absent."
-    )
-
-    @field_validator("verbalizer", mode="before")
-    @classmethod
-    def _labels_are_text(cls, value: Any) -> Any:
-        # YAML reads `yes`, `true` and `1` as booleans and numbers; data files write them as text or as such.
-        return {label_text(k): v for k, v in value.items()} if isinstance(value, dict) else value
-
-    @field_validator("verbalizer")
-    @classmethod
-    def _two_labels(cls, value: dict[str, str]) -> dict[str, str]:
-        if len(value) < 2:
-            raise ValueError("a classification needs at least two labels")
-        empty = [label for label, words in value.items() if not words]
-        if empty:
-            raise ValueError(f"label {empty[0]!r} has no words")
-        return value
-
-    @field_validator("label_weights", mode="before")
-    @classmethod
-    def _weights_of_text(cls, value: Any) -> Any:
-        return {label_text(k): v for k, v in value.items()} if isinstance(value, dict) else value
-
-    @model_validator(mode="after")
-    def _labels_that_exist(self) -> ClassificationConfig:
-        named = [*self.label_weights, *([] if self.negative_label is None else [self.negative_label])]
-        weightless = [label for label, weight in self.label_weights.items() if weight <= 0]
-        if weightless:
-            raise ValueError(f"the weight of {weightless[0]!r} is not above 0; leave its records out instead")
-        unknown = [label for label in named if label not in self.verbalizer]
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is no label of the verbalizer, which has {', '.join(self.verbalizer)}")
-        if self.metric == "micro_f1" and self.negative_label is None:
-            raise ValueError("micro_f1 without a negative_label is the accuracy; name the label to leave out")
-        return self
-
-
-class ChoiceConfig(Settings):
-    """A record's answer is one of several texts in the record itself."""
-
-    type: Literal["choice"] = "choice"
-    choices: tuple[str, ...] = Field(min_length=2, description="The record's fields that hold them.")
-    label_field: str = Field(
-        "label", description="The record's field that names the right one: by number from 0, by field or by text."
-    )
-    before: str = Field(" ", description="What stands between the template's end and a choice.")
-    normalise: bool = Field(False, description="Score by the mean over a choice's tokens instead of their sum.")
-
-
-class GenerationConfig(Settings):
-    """A record is answered by text."""
-
-    type: Literal["generation"] = "generation"
-    answer_field: str = Field("output", description="The record's field that holds its answer.")
-    max_new_tokens: int = Field(128, gt=0, description="How long an answer may become.")
-    metric: Literal["loss", "rouge_l", "bleu", "exact_match"] = Field(
-        "loss", description="Chooses the best checkpoint."
-    )
-
-
-TASK_CONFIGS = (ClassificationConfig, ChoiceConfig, GenerationConfig)
-TaskConfig = Annotated[ClassificationConfig | ChoiceConfig | GenerationConfig, Field(discriminator="type")]
-
-
 class TrainingConfig(Settings):
     """How the prompt is trained."""
 
@@ -334,8 +248,3 @@ class RunConfig(Settings):
     @classmethod
     def _data_by_name(cls, value: Any) -> Any:
         return {"train": value} if isinstance(value, str) else value
-
-
-def label_text(value: Any) -> str:
-    """Return a label as its text: booleans as ``true`` and ``false``, whatever JSON or YAML made of them."""
-    return str(value).lower() if isinstance(value, bool) else str(value)

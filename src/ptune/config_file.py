@@ -14,8 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ptune.config import TASK_CONFIGS, RunConfig
+from ptune.config import RunConfig
 from ptune.errors import ConfigError, did_you_mean
+from ptune.task_config import TASK_CONFIGS
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:

@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ptune.config import label_text
 from ptune.errors import DataError, did_you_mean
 from ptune.readers import Record, has_split, looks_like_a_source, read_records
+from ptune.settings import label_text
 
 __all__ = ["Record", "data_hash", "draw", "draw_shots", "has_split", "load_records", "looks_like_a_source", "split_dev"]
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptune.backbone import Backbone
-from ptune.config import ClassificationConfig, RunConfig
+from ptune.config import RunConfig
 from ptune.data import Record, load_records
+from ptune.task_config import ClassificationConfig
 from ptune.tasks import task_for
 from ptune.template import Template
 

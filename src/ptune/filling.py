@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from ptune.config import label_text
 from ptune.errors import DataError
+from ptune.settings import label_text
 from ptune.template import Field, Optional, Text
 
 _WITHOUT_BLANKS = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff00-\uffef]")

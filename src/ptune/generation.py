@@ -32,11 +32,11 @@ from transformers import (
 
 from ptune.backbone import Backbone
 from ptune.batch import IGNORED, Row, collate
-from ptune.config import Settings
 from ptune.deep_prompts import DeepPrompt
 from ptune.encoder_decoder import decoder_start
 from ptune.errors import BackboneError
 from ptune.families import ENCODER_DECODER
+from ptune.settings import Settings
 from ptune.virtual_tokens import deep_prompts_of
 
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ptune.backbone import Backbone
-from ptune.config import EncoderConfig, TaskConfig
+from ptune.config import EncoderConfig
 from ptune.deep_prompts import check_deep_template
 from ptune.deep_start import check_shape
 from ptune.errors import SoftPromptError, TemplateError
@@ -35,6 +35,7 @@ from ptune.soft_prompt_files import (
     end_save,
     read_soft_prompt,
 )
+from ptune.task_config import TaskConfig
 from ptune.tasks import default_overlong
 from ptune.template import Template, Virtual
 

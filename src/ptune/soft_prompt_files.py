@@ -23,12 +23,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
 from pydantic_core import PydanticSerializationError
 from torch import Tensor
 
-from ptune.config import EncoderConfig, Settings, TaskConfig
+from ptune.config import EncoderConfig
 from ptune.errors import OutputError, SoftPromptError, did_you_mean
 from ptune.files import read_json, read_tensors, tensors_hash, write_atomically, write_json, write_tensors
 from ptune.keys_and_values import KeyValueShape
 from ptune.model_card import CARD
 from ptune.peft_format import ADAPTER_CONFIG, ADAPTER_TENSORS
+from ptune.settings import Settings
+from ptune.task_config import TaskConfig
 
 DESCRIPTION = "ptune.json"
 TENSORS = "soft_prompt.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from ptune.config import Settings
+from ptune.settings import Settings
 
 
 class ServeSettings(Settings):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ptune.backbone import Backbone
-from ptune.config import ChoiceConfig, ClassificationConfig, GenerationConfig, Settings
 from ptune.rendering import Overlong, Renderer
+from ptune.settings import Settings
+from ptune.task_config import ChoiceConfig, ClassificationConfig, GenerationConfig
 from ptune.tasks.choice import Choice
 from ptune.tasks.classification import Classification
 from ptune.tasks.generation import Generation

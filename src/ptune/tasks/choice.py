@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ptune.batch import IGNORED, Row
-from ptune.config import ChoiceConfig, label_text
 from ptune.errors import DataError, did_you_mean
 from ptune.families import MASKED
 from ptune.filling import field_text, location
 from ptune.losses import at_least_float32
 from ptune.rendering import Renderer
+from ptune.settings import label_text
+from ptune.task_config import ChoiceConfig
 from ptune.tasks.scoring import ScoringTask
 
 

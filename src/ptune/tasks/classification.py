@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.batch import Row
-from ptune.config import ClassificationConfig, label_text
 from ptune.errors import ConfigError, DataError, did_you_mean
 from ptune.families import MASKED
 from ptune.losses import at_least_float32
 from ptune.rendering import Renderer
+from ptune.settings import label_text
+from ptune.task_config import ClassificationConfig
 from ptune.tasks.label_reading import masked_reading, trie_reading
 from ptune.tasks.scoring import ScoringTask, logits_read
 from ptune.tasks.task import Forward

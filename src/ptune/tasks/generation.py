@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.batch import Row, collate
-from ptune.config import GenerationConfig
 from ptune.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 from ptune.generation import GenerationOptions, generate
 from ptune.rendering import Renderer
+from ptune.task_config import GenerationConfig
 from ptune.tasks.task import Example, Forward, Task
 
 # Scripts that write no blanks between words: every character counts as one.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.batch import Row
-from ptune.config import Settings
 from ptune.rendering import Renderer
+from ptune.settings import Settings
 
 
 class Forward(Protocol):
