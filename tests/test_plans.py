@@ -14,7 +14,7 @@ from ptune.backbone import Backbone
 from ptune.batch import IGNORED
 from ptune.config import EncoderConfig
 from ptune.encoder import PromptEncoder, build_encoder
-from ptune.plans import Plans
+from ptune.plans import Plans, length_groups
 from ptune.prompted_model import PromptedModel
 
 P = 5
@@ -98,6 +98,37 @@ def test_rows_with_little_padding_share_their_prefix(family: str, name: str, dty
         ours = loss_and_gradients(prompted, "auto", data)
         assert prompted.backbone.plans.last == "shared prefix"
         assert_same(ours, expected, LIMIT[dtype])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_run_in_groups_of_similar_length_give_the_same(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptune.plans._COST_OF_A_PASS", 2)
+    with prompted_model(family) as prompted:
+        prompted.backbone.plans.may_pack = False
+        data = batch(prompted, SHAPES[name][1], (30, 11, 29, 12, 21))
+        expected = loss_and_gradients(prompted, "reference", data)
+        rows: list[int] = []
+        hook = prompted.backbone.model.get_output_embeddings().register_forward_pre_hook(lambda *_: rows.append(1))
+        ours = loss_and_gradients(prompted, "auto", data)
+        hook.remove()
+        assert len(rows) >= 3
+        assert_same(ours, expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cost", "expected"),
+    [
+        ([5, 5, 5], 1, [[0, 1, 2]]),
+        ([100, 10, 90], 50, [[1], [0, 2]]),
+        ([100, 10, 90], 1000, [[0, 1, 2]]),
+        ([100, 10, 90], 1, [[1], [2], [0]]),
+    ],
+)
+def test_groups_weigh_padding_against_passes(lengths: list[int], cost: int, expected: list[list[int]]) -> None:
+    assert length_groups(lengths, cost) == expected
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 4])

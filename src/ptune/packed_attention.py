@@ -2,12 +2,13 @@
 
     prompt, row 1, row 2, ...
 
-Each row sees the prompt and itself, as if it stood alone. The function is registered with transformers'
+Each row sees the prompt and itself, as if it stood alone; or a past of its own and itself, where there is no prompt.
+The function is registered with transformers'
 `AttentionInterface`; where rows begin comes to it as a keyword argument of the forward pass, never by a global, and the
 model's setting is as before when the block ends.
 
-Knows nothing of plans, virtual tokens or tasks. Shapes: B rows, P tokens of the prompt, T tokens of all, K key-value
-heads of G query heads, D width of a head.
+Knows nothing of plans, virtual tokens or tasks. Shapes: B rows, P tokens of the prompt, F tokens of a row's past, S of
+the row itself, T tokens of all, L layers, K key-value heads, G query heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,23 +35,39 @@ class Packing:
         prompt: P, tokens in front that every row sees; 0 for none.
         lengths: of each row, at least 1.
         device: of the sequence.
+        pasts: keys and values of what each row has behind it, ``[2 L, K, F, D]``; none where all see the prompt.
     """
 
     prompt: int
     lengths: tuple[int, ...]
     device: torch.device
+    pasts: tuple[Tensor, ...] = ()
+
+    @functools.cached_property
+    def before(self) -> tuple[int, ...]:
+        """How many tokens each row sees before itself."""
+        return tuple(past.shape[2] for past in self.pasts) or (self.prompt,) * len(self.lengths)
 
     @functools.cached_property
     def places(self) -> Tensor:
-        """At which place each token would stand if its row were alone behind the prompt, ``[1, T]`` int64."""
-        counts = (range(self.prompt), *(range(self.prompt, self.prompt + length) for length in self.lengths))
+        """At which place each token would stand if its row were alone behind what it sees, ``[1, T]`` int64."""
+        rows = zip(self.before, self.lengths, strict=True)
+        counts = (range(self.prompt), *(range(before, before + length) for before, length in rows))
         return torch.tensor([[place for count in counts for place in count]], device=self.device)
 
+    def mask(self, row: int) -> Tensor:
+        """What a row of F tokens before and S of its own sees of them, ``[S, F + S]`` bool."""
+        before, length = self.before[row], self.lengths[row]
+        return self._mask[:length, self._most_before - before : self._most_before + length]
+
     @functools.cached_property
-    def mask(self) -> Tensor:
-        """What the longest row sees of the prompt and itself, ``[longest, P + longest]`` bool."""
-        longest = max(self.lengths)
-        return torch.ones(longest, self.prompt + longest, dtype=torch.bool, device=self.device).tril(self.prompt)
+    def _most_before(self) -> int:
+        return max(self.before)
+
+    @functools.cached_property
+    def _mask(self) -> Tensor:
+        longest, before = max(self.lengths), self._most_before
+        return torch.ones(longest, before + longest, dtype=torch.bool, device=self.device).tril(before)
 
 
 @contextmanager
@@ -98,20 +115,25 @@ def _attend(
     """
     assert attention_mask is None
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+
+    def whole(keys_or_values: Tensor) -> Tensor:  # [1, K, ., D] -> [1, G, ., D]
+        return keys_or_values.repeat_interleave(groups, 1) if groups > 1 else keys_or_values
+
+    key, value = whole(key), whole(value)
     attend = functools.partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
     sizes = [packing.prompt, *packing.lengths]
     (prompt_query, *queries), (prompt_key, *keys), (prompt_value, *values) = (
         part.split(sizes, dim=2) for part in (query, key, value)
     )
     read = [attend(prompt_query, prompt_key, prompt_value, is_causal=True)] if packing.prompt else []
-    for row_query, row_key, row_value in zip(queries, keys, values, strict=True):
-        if not packing.prompt:
+    for number, (row_query, row_key, row_value) in enumerate(zip(queries, keys, values, strict=True)):
+        if not packing.before[number]:
             read.append(attend(row_query, row_key, row_value, is_causal=True))
             continue
-        length = row_query.shape[2]
-        seen_keys, seen_values = torch.cat([prompt_key, row_key], 2), torch.cat([prompt_value, row_value], 2)
-        seen = packing.mask[:length, : packing.prompt + length]
-        read.append(attend(row_query, seen_keys, seen_values, attn_mask=seen))
+        before_key, before_value = prompt_key, prompt_value
+        if packing.pasts:
+            layer = 2 * cast(int, module.layer_idx)
+            before_key, before_value = (whole(half[None]) for half in packing.pasts[number][layer : layer + 2])
+        seen_keys, seen_values = torch.cat([before_key, row_key], 2), torch.cat([before_value, row_value], 2)
+        read.append(attend(row_query, seen_keys, seen_values, attn_mask=packing.mask(number)))
     return torch.cat([one.transpose(1, 2) for one in read], dim=1), None

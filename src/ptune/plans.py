@@ -6,6 +6,8 @@
     frozen context   text that stands before the first virtual token does not depend on the prompt: it runs without
                      gradient, and once for a whole run where its keys and values are kept
 
+Where rows cannot be packed, a batch with much padding is run in groups of similar length.
+
 A plan is chosen from the ids alone, batch by batch, so nothing need be said by tasks or templates.
 
 Knows nothing of encoders, tasks or training. Shapes: B batch, T tokens, P virtual tokens that open a row, F tokens of a
@@ -16,6 +18,7 @@ input matrix.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -35,6 +38,8 @@ _LEAST_PADDING = 0.05
 """Share of padding from which on packed rows pay."""
 _CONTEXT_TOKENS_AT_ONCE = 8192
 """Tokens of one pass over contexts: enough to fill a processor, few enough for its memory."""
+_COST_OF_A_PASS = 48
+"""What another pass over fewer rows costs a processor, in tokens."""
 
 
 class Run(Protocol):
@@ -122,8 +127,12 @@ class Plans:
         if pads >= _LEAST_PADDING and self.may_pack and self._packs:
             self.note("packed rows", f"{pads:.0%} would be padding")
             return self._packed_rows(run, input_ids, attention_mask, positions, 0)
-        self.note("reference", "rows share nothing, and little is padding" if len(input_ids) > 1 else "one row")
-        return run(input_ids, attention_mask, positions)[0]
+        self.note("reference", "rows share nothing" if len(input_ids) > 1 else "one row")
+
+        def run_group(rows: Tensor, end: int) -> Tensor:
+            return run(input_ids[rows, :end], attention_mask[rows, :end], positions[rows, :end])[0]
+
+        return self._in_groups(run_group, attention_mask, positions)
 
     def note(self, plan: PlanName, why: str) -> None:
         """Remember by which plan the latest pass went, and why."""
@@ -163,8 +172,37 @@ class Plans:
         prefix = input_ids[:1, :length]
         nowhere = torch.zeros_like(prefix, dtype=torch.bool)
         _, cache = self._run(prefix, torch.ones_like(prefix), nowhere, keep=True)
-        past = new_cache(read_cache(cache), len(input_ids))
-        return run(input_ids[:, length:], attention_mask, positions[:, length:], past)[0]
+        shared = read_cache(cache)
+
+        def run_group(rows: Tensor, end: int) -> Tensor:
+            past = new_cache(shared, len(rows))
+            return run(input_ids[rows, length:end], attention_mask[rows, :end], positions[rows, length:end], past)[0]
+
+        return self._in_groups(run_group, attention_mask, positions)
+
+    def _in_groups(
+        self, run_group: Callable[[Tensor, int], Tensor], attention_mask: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Return the outputs ``[N, ...]`` of all rows, run in groups of similar length where that saves padding.
+
+        Args:
+            run_group: runs the rows of these numbers, ``[G]`` int64, up to a place, and returns their outputs in order.
+            attention_mask: ``[B, T]`` int64.
+            positions: ``[B, T]`` bool.
+        """
+        mask = attention_mask.bool()
+        ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1)  # [B]
+        alone = self._device().type != "cpu" or not bool(mask.any(-1).all()) or bool((positions & ~mask).any())
+        groups = [list(range(len(mask)))] if alone else length_groups(ends.tolist(), _COST_OF_A_PASS)
+        if len(groups) == 1:
+            return run_group(torch.arange(len(mask), device=mask.device), mask.shape[1])
+        counts = positions.sum(-1).tolist()
+        by_row: dict[int, Tensor] = {}
+        for group in groups:
+            rows = torch.tensor(group, device=mask.device)
+            outputs = run_group(rows, int(ends[rows].max()))
+            by_row |= zip(group, outputs.split([counts[row] for row in group]), strict=True)
+        return torch.cat([by_row[row] for row in range(len(mask))])
 
     def _packed_rows(
         self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, length: int
@@ -175,6 +213,21 @@ class Plans:
         chosen = torch.cat([torch.zeros_like(positions[0, :length]), positions[kept]])[None]
         packing = Packing(length, tuple(kept.sum(-1).tolist()), ids.device)
         return run(ids, torch.ones_like(ids), chosen, packing=packing)[0]
+
+    @staticmethod
+    def _packed_behind(
+        run: Run,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        pasts: Sequence[Tensor],
+    ) -> Tensor:
+        """Run what follows the first ``lengths``, ``[B]``, of each row as one sequence, given their keys and values."""
+        kept = attention_mask.bool() & (torch.arange(input_ids.shape[1], device=lengths.device) >= lengths[:, None])
+        ids = input_ids[kept][None]  # [1, R]
+        packing = Packing(0, tuple(kept.sum(-1).tolist()), ids.device, tuple(pasts))
+        return run(ids, torch.ones_like(ids), positions[kept][None], packing=packing)[0]
 
     @functools.cached_property
     def _packs(self) -> bool:
@@ -191,8 +244,10 @@ class Plans:
         with torch.no_grad():
             plain = self._run(ids, mask, positions)[0]
             packed = self._packed_rows(self._run, ids, mask, positions, 4)
-        limit = 1e-3 if plain.dtype.itemsize >= 4 else 5e-2
-        return float((packed - plain).abs().max()) <= limit * float(plain.abs().max())
+            pasts = self._packed_contexts([tuple(row[:4]) for row in ids.tolist()])
+            behind = self._packed_behind(self._run, ids, mask, positions, torch.full_like(ids[:, 0], 4), pasts)
+        limit = (1e-3 if plain.dtype.itemsize >= 4 else 5e-2) * float(plain.abs().max())
+        return all(float((one - plain).abs().max()) <= limit for one in (packed, behind))
 
     def _frozen_context(
         self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, lengths: Tensor
@@ -202,21 +257,29 @@ class Plans:
         contexts = [tuple(row[:length]) for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         missing = sorted({ids for ids in contexts if ids not in self.contexts}, key=lambda ids: (-len(ids), ids))
         new = dict(zip(missing, self._run_contexts(missing), strict=True)) if missing else {}
-        rows = [new[ids] if ids in new else self.contexts[ids] for ids in contexts]
-        longest = int(lengths.max())
+        pasts = [new[ids] if ids in new else self.contexts[ids] for ids in contexts]
         device = input_ids.device
-        past = padded(rows, longest, rows[0].dtype, device)
-        steps = torch.arange(int((ends - lengths).max()), device=device)
-        places = lengths[:, None] + steps  # [B, S]
-        within = places < ends[:, None]
-        places = places.clamp(max=input_ids.shape[1] - 1)
-        heard = torch.arange(longest, device=device) >= longest - lengths[:, None]  # [B, F], zeros stand in front
-        mask = torch.cat([heard, within], dim=-1).to(attention_mask.dtype)
-        chosen = positions.gather(-1, places) & within
-        return run(input_ids.gather(-1, places), mask, chosen, new_cache(past, len(rows)))[0]
+        if self.may_pack and self._packs:
+            return self._packed_behind(run, input_ids, attention_mask, positions, lengths, pasts)
+        steps = torch.arange(input_ids.shape[1], device=device)
+
+        def run_group(rows: Tensor, end: int) -> Tensor:
+            own, longest = lengths[rows], int(lengths[rows].max())
+            past = padded([pasts[row] for row in rows.tolist()], longest, pasts[0].dtype, device)
+            places = own[:, None] + steps[: int((ends[rows] - own).max())]  # [G, S]
+            within = places < ends[rows, None]
+            places = places.clamp(max=end - 1)
+            heard = steps[:longest] >= longest - own[:, None]  # [G, F], zeros stand in front
+            mask = torch.cat([heard, within], dim=-1).to(attention_mask.dtype)
+            chosen = positions[rows].gather(-1, places) & within
+            return run(input_ids[rows].gather(-1, places), mask, chosen, new_cache(past, len(rows)))[0]
+
+        return self._in_groups(run_group, attention_mask, positions)
 
     def _run_contexts(self, contexts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return the keys and values of contexts, each ``[2 L, K, F, D]`` of its own length."""
+        if self.may_pack and self._packs:
+            return self._packed_contexts(contexts)
         longest = max(map(len, contexts))
         ids = torch.zeros(len(contexts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -228,6 +291,17 @@ class Plans:
             _, cache = self._run(ids, mask, torch.zeros_like(ids, dtype=torch.bool), keep=True)
         layers = read_cache(cache)
         return [stacked(layers, number, 0, len(context)) for number, context in enumerate(contexts)]
+
+    def _packed_contexts(self, contexts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Return what `_run_contexts` does, by one sequence of them all."""
+        ids = torch.tensor([[token for context in contexts for token in context]], device=self._device())  # [1, R]
+        lengths = tuple(map(len, contexts))
+        packing = Packing(0, lengths, ids.device)
+        nowhere = torch.zeros_like(ids, dtype=torch.bool)
+        with torch.no_grad():
+            _, cache = self._run(ids, torch.ones_like(ids), nowhere, keep=True, packing=packing)
+        layers, ends = read_cache(cache), list(itertools.accumulate(lengths))
+        return [stacked(layers, 0, end - length, end) for length, end in zip(lengths, ends, strict=True)]
 
 
 def context_of(ids: Sequence[int], vocabulary_size: int) -> tuple[int, ...]:
@@ -246,6 +320,29 @@ def shared_prefix_length(input_ids: Tensor, attention_mask: Tensor, vocabulary_s
     """
     alike = (input_ids == input_ids[:1]).all(0) & (input_ids[0] >= vocabulary_size) & attention_mask.bool().all(0)
     return int(alike.int().cumprod(0).sum())
+
+
+def length_groups(lengths: Sequence[int], cost_of_a_pass: int) -> list[list[int]]:
+    """Return the numbers of rows in groups of similar length, so that padding and passes together cost least.
+
+    Args:
+        lengths: of each row.
+        cost_of_a_pass: in tokens, of each group.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    best: list[tuple[int, int]] = [(0, 0)]  # of the first k rows in order: least cost, where its last group begins
+    for end in range(1, len(order) + 1):
+        best.append(
+            min(
+                (best[start][0] + cost_of_a_pass + (end - start) * lengths[order[start]], start) for start in range(end)
+            )
+        )
+    groups, end = [], len(order)
+    while end:
+        start = best[end][1]
+        groups.append(sorted(order[start:end]))
+        end = start
+    return groups
 
 
 def padding_share(attention_mask: Tensor) -> float:
