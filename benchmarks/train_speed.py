@@ -7,7 +7,8 @@ same. PEFT runs as its tutorials have it, float32, in a bare loop without Traine
 only time is measured. "behind" is a template whose virtual tokens stand behind the text; PEFT can set them in front
 only.
 
-Rates of the machine's own matrix products at the model's shapes are measured in the same run.
+Rates of the machine's own matrix products at the model's shapes are measured in the same run, and the products of each
+step are counted: "of products" is the share of that rate at which a step's own products come.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 import transformers
 from peft import PromptEncoderConfig, TaskType, get_peft_model
 from timing import interleaved, ratio
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, Qwen2Config
 
 from ptune.backbone import Backbone
@@ -142,6 +144,13 @@ def product_rate(dtype: torch.dtype, tokens: int) -> float:
     return 2 * tokens * HIDDEN * 4 * HIDDEN / best / 1e9
 
 
+def products_of(step: Callable[[], None]) -> int:
+    """Return the floating-point operations of a step's matrix products, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def cases_of(
     job: str, family: str, virtual_tokens: int, rows: list[tuple[list[int], int]]
 ) -> dict[str, Callable[[], None]]:
@@ -167,6 +176,9 @@ def measure(job: str, family: str, virtual_tokens: int, rounds: int) -> dict[str
     tokens = sum(len(ids) for ids, _ in rows)
     cases = cases_of(job, family, virtual_tokens, rows)
     seconds = interleaved(cases, rounds)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rates = {str(dtype)[6:]: product_rate(dtype, tokens) for dtype in (torch.float32, torch.bfloat16)}
+    counts = {name: products_of(case) for name, case in cases.items()}
     peer = next(iter(cases))
     return {
         "job": job,
@@ -174,9 +186,10 @@ def measure(job: str, family: str, virtual_tokens: int, rounds: int) -> dict[str
         "virtual_tokens": virtual_tokens,
         "rows": len(rows),
         "text_tokens": tokens,
-        "gflops": {str(dtype)[6:]: product_rate(dtype, tokens) for dtype in (torch.float32, torch.bfloat16)},
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "gflops": rates,
+        "seconds": medians,
         "ratio": {name: ratio(seconds, name, peer) for name in cases},
+        "of_products": {name: counts[name] / 1e9 / medians[name] / rates[name.rpartition(" ")[2]] for name in cases},
     }
 
 
@@ -190,12 +203,13 @@ def markdown(tables: list[dict[str, object]]) -> str:
             f"**{table['job']}**, {table['family']}-shaped, {table['virtual_tokens']} virtual tokens, {table['rows']} "
             f"rows of {table['text_tokens']} text tokens together; matrix products here: {rates}",
             "",
-            "| virtual tokens | seconds a step | times PEFT | over the rounds |",
-            "| --- | ---: | ---: | ---: |",
+            "| virtual tokens | seconds a step | times PEFT | over the rounds | of products |",
+            "| --- | ---: | ---: | ---: | ---: |",
         ]
         for name, seconds in table["seconds"].items():
             median, least, greatest = table["ratio"][name]
-            lines.append(f"| {name} | {seconds:.3f} | {median:.1f} | {least:.1f} to {greatest:.1f} |")
+            share = table["of_products"][name]
+            lines.append(f"| {name} | {seconds:.3f} | {median:.1f} | {least:.1f} to {greatest:.1f} | {share:.0%} |")
     return "\n".join(lines[1:])
 
 
