@@ -14,8 +14,9 @@ from ptune.errors import DataError
 from ptune.readers import Record
 from ptune.task_config import ChoiceConfig, ClassificationConfig
 from ptune.tasks import task_for
+from ptune.tasks.calibration import calibration_error, reliability
 from ptune.tasks.choice import Choice
-from ptune.tasks.metrics import confusion, expected_calibration_error, macro_f1, micro_f1
+from ptune.tasks.metrics import confusion, macro_f1, micro_f1
 from ptune.template import Template
 
 RECORDS = [
@@ -101,10 +102,10 @@ def test_metrics_are_scikit_learn_s() -> None:
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     sure = torch.tensor([[0.9, 0.1]] * 10)
-    assert expected_calibration_error(sure, torch.tensor([0] * 9 + [1])) == pytest.approx(0.0, abs=1e-6)
-    assert expected_calibration_error(sure, torch.tensor([0] * 5 + [1] * 5)) == pytest.approx(0.4, abs=1e-6)
+    assert calibration_error(reliability(sure, torch.tensor([0] * 9 + [1]))) == pytest.approx(0.0, abs=1e-6)
+    assert calibration_error(reliability(sure, torch.tensor([0] * 5 + [1] * 5))) == pytest.approx(0.4, abs=1e-6)
     both = torch.tensor([[0.9, 0.1]] * 2 + [[0.4, 0.6]] * 2)
-    assert expected_calibration_error(both, torch.tensor([0, 1, 1, 1])) == pytest.approx((0.4 + 0.4) / 2, abs=1e-6)
+    assert calibration_error(reliability(both, torch.tensor([0, 1, 1, 1]))) == pytest.approx((0.4 + 0.4) / 2, abs=1e-6)
 
 
 def test_label_weights_and_the_negative_label_count() -> None:

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import ptune
 from ptune.chat import Chat
 from ptune.cli import app
+from ptune.cli.evaluate import confusion_table
 from ptune.engine import Engine
 from ptune.generation import GenerationOptions, generate
 from ptune.soft_prompt import SoftPrompt
@@ -129,6 +130,22 @@ def test_eval_shows_a_table_and_writes_the_same_as_json(classifier: Path, place:
     assert "on 20 records of" in " ".join(done.stdout.split())  # a long path breaks the title anywhere
     assert "accuracy" in done.stdout
     assert f"{100 * result['metrics']['accuracy']:.1f}%" in done.stdout
+    assert result["labels"] == ["false", "true"]
+    (false_false, false_true), (true_false, true_true) = result["confusion"]
+    assert true_true + true_false + false_true + false_false == 20
+    assert (true_true + false_false) / 20 == result["metrics"]["accuracy"]
+    assert re.search(rf"1 false +│ +{false_false} +│ +{false_true} ", done.stdout)
+    assert re.search(rf"2 true +│ +{true_false} +│ +{true_true} ", done.stdout)
+    assert sum(one["records"] for one in result["calibration"]["before"]) == 20
+    assert "no temperature: 16 held-out records are too few" in (place / "classifier.txt").read_text(encoding="utf-8")
+
+
+def test_a_confusion_matrix_too_wide_for_a_terminal_is_in_the_file_alone() -> None:
+    labels = [f"label{number}" for number in range(13)]
+    assert confusion_table(labels, [[0] * 13] * 13) == (
+        "the confusion matrix of 13 labels is in the file that --json names"
+    )
+    assert len(confusion_table(labels[:12], [[0] * 12] * 12).rows) == 12  # type: ignore[union-attr]
 
 
 def test_predict_writes_each_record_with_its_answer_in_order(classifier: Path, place: Path, tmp_path: Path) -> None:

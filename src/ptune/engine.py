@@ -18,7 +18,7 @@ from ptune.errors import DataError, SoftPromptError, did_you_mean
 from ptune.generation import Generated, GenerationOptions, generate
 from ptune.mixed_batches import answer_together
 from ptune.soft_prompt import SoftPrompt
-from ptune.tasks import Task, task_for
+from ptune.tasks import Assessment, Task, task_for
 from ptune.template import Template
 
 
@@ -104,6 +104,7 @@ class Engine:
             max_length=prompt.max_length,
             overlong=prompt.overlong,
             deep=prompt.deep is not None,
+            temperature=prompt.temperature,
         )
         self.remove(name)
         self._loaded[name] = LoadedPrompt(prompt, first, task)
@@ -142,9 +143,17 @@ class Engine:
             SoftPromptError: no soft prompt of that name is loaded.
             DataError: a record lacks a field of the template, or its answer.
         """
+        return self.assess(name, records, batch_size=batch_size).metrics
+
+    def assess(self, name: str, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> Assessment:
+        """Return metrics as `evaluate` does, with the confusion matrix and calibration where the task has labels.
+
+        Raises:
+            SoftPromptError, DataError: as `evaluate`.
+        """
         if not records:
             raise DataError("there are no records to score; give at least one")
-        return self._get(name).task.evaluate(self.backbone, records, batch_size=batch_size)
+        return self._get(name).task.assess(self.backbone, records, batch_size=batch_size)
 
     def classify(self, name: str, texts: Sequence[str], *, batch_size: int = 32) -> list[dict[str, Any]]:
         """Classify plain texts with a soft prompt whose template has one field.

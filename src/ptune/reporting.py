@@ -14,6 +14,7 @@ from ptune.checkpoint import Progress
 from ptune.comparison import Comparison
 from ptune.config import RunConfig
 from ptune.soft_prompt import SoftPrompt
+from ptune.tasks import Assessment
 
 
 class Reporter:
@@ -43,6 +44,9 @@ class Reporter:
 
     def stopped_early(self, step: int, patience: int) -> None:
         """The metric did not get better for ``patience`` evaluations."""
+
+    def assessed(self, assessment: Assessment, sentence: str) -> None:
+        """Dev was scored for the last time; ``sentence`` says at which temperature probabilities are given, and why."""
 
     def finished(self, prompt: SoftPrompt, progress: Progress, comparison: Comparison | None) -> None:
         """The soft prompt is saved, and was compared with the bare model; None for records without fields."""

@@ -4,6 +4,7 @@
     prompt/run/config.yaml                            the settings, as `ptune train` reads them
     prompt/run/checkpoint.safetensors                 the whole state, replaced atomically
     prompt/run/log.jsonl                              one line a logged step or evaluation
+    prompt/run/assessment.json                        what dev says at the end, where answers have labels
 
 Knows the settings, and nothing of models.
 """
@@ -19,7 +20,9 @@ from typing import Any
 from ptune.config import RunConfig
 from ptune.config_file import config_yaml, differing_settings, load_config
 from ptune.errors import ConfigError, OutputError
-from ptune.files import append_line, folder_lock, write_text
+from ptune.files import append_line, folder_lock, write_json, write_text
+
+LOG, ASSESSMENT = "log.jsonl", "assessment.json"
 
 # Settings that may change between a run and its resumption without changing its result.
 _FREE_TO_CHANGE = {
@@ -95,7 +98,7 @@ class RunFolder:
             OutputError: it cannot be written.
         """
         if not self._resume and self._writes:
-            for old in (self.checkpoint, self.run / "log.jsonl"):
+            for old in (self.checkpoint, self.run / LOG, self.run / ASSESSMENT):
                 old.unlink(missing_ok=True)
             write_text(self.run / "config.yaml", config_yaml(self._config))
         self._begun = True
@@ -106,7 +109,7 @@ class RunFolder:
         Raises:
             OutputError: the log cannot be written.
         """
-        path = self.run / "log.jsonl"
+        path = self.run / LOG
         if self._writes and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= step]
@@ -120,7 +123,16 @@ class RunFolder:
             OutputError: it cannot be written.
         """
         if self._writes:
-            append_line(self.run / "log.jsonl", json.dumps(values))
+            append_line(self.run / LOG, json.dumps(values))
+
+    def assessed(self, values: dict[str, Any]) -> None:
+        """Write ``run/assessment.json``.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if self._writes:
+            write_json(self.run / ASSESSMENT, values)
 
     def _foreign_files(self) -> list[str]:
         if not self.path.is_dir() or (self.path / "run").is_dir() or (self.path / "ptune.json").exists():

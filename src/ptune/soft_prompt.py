@@ -8,6 +8,7 @@ Knows nothing of training or serving. Shapes: P virtual tokens, H width, W as in
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class SoftPrompt:
         backbone_name: what the user called the backbone.
         fingerprint: `Backbone.fingerprint` of the backbone.
         deep: how keys and values lie in the rows ``[P, W]`` of a deep prompt; None for virtual tokens at the input.
+        temperature: that a label's scores are divided by before they become probabilities; None for none.
         summary: of the run, JSON values; see `ptune.summary`.
     """
 
@@ -66,13 +68,15 @@ class SoftPrompt:
     max_length: int | None = None
     encoder: EncoderConfig | None = None
     deep: KeyValueShape | None = None
+    temperature: float | None = None
     summary: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the rows against the template.
 
         Raises:
-            SoftPromptError: the template has none or another number of virtual tokens, or rows are not finite.
+            SoftPromptError: the template has none or another number of virtual tokens, rows are not finite, or the
+                temperature is not above 0.
             TemplateError: the template cannot be parsed, or has words before the virtual tokens of a deep prompt.
         """
         rows = self.rows.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
@@ -96,6 +100,8 @@ class SoftPrompt:
                     f"a deep prompt's rows are {self.deep.row_width} wide ({self.deep}), and those given "
                     f"{rows.shape[1]}; give the shape of the backbone that they belong to"
                 )
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise SoftPromptError(f"a temperature is a number above 0, and the one given is {self.temperature}")
         if not torch.isfinite(rows).all():
             broken = (~torch.isfinite(rows).all(-1)).nonzero().flatten().tolist()
             raise SoftPromptError(
@@ -176,6 +182,7 @@ class SoftPrompt:
                 max_length=description.max_length,
                 encoder=description.encoder,
                 deep=description.deep,
+                temperature=description.temperature,
                 summary=description.summary,
             )
         except (SoftPromptError, TemplateError) as error:
@@ -223,6 +230,7 @@ class SoftPrompt:
             "encoder": encoder_values(self.encoder),
             "backbone": self.backbone_name,
             "backbone_config": self.fingerprint["config"],
+            "temperature": self.temperature,
             "loads_in_peft": self.fits_peft,
             "summary": self.summary,
         }
@@ -238,6 +246,7 @@ class SoftPrompt:
             backbone=BackboneEntry(name=self.backbone_name, fingerprint=Fingerprint(**self.fingerprint)),
             virtual_tokens=TensorsEntry(count=self.rows.shape[0], width=self.rows.shape[1], sha256=sha256),
             deep=self.deep,
+            temperature=self.temperature,
             summary=self.summary,
         )
 

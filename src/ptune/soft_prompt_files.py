@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 from pydantic_core import PydanticSerializationError
 from torch import Tensor
 
@@ -81,6 +81,7 @@ class Description(Settings):
     backbone: BackboneEntry
     virtual_tokens: TensorsEntry
     deep: KeyValueShape | None = None
+    temperature: float | None = Field(None, gt=0, allow_inf_nan=False)
     summary: dict[str, Any]
 
     @field_serializer("encoder")

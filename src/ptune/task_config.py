@@ -11,6 +11,10 @@ from pydantic import Field, field_validator, model_validator
 
 from ptune.settings import Settings, label_text
 
+_FIT_TEMPERATURE = (
+    "Fit one temperature on dev at the end of training, for probabilities that mean what they say; no label changes."
+)
+
 
 class ClassificationConfig(Settings):
     """A record belongs to one of several labels, each with words that stand for it."""
@@ -31,6 +35,7 @@ class ClassificationConfig(Settings):
     label_weights: dict[str, float] = Field(
         default_factory=dict, description="How much a label's examples weigh in the loss; 1 where absent."
     )
+    fit_temperature: bool = Field(True, description=_FIT_TEMPERATURE)
 
     @field_validator("verbalizer", mode="before")
     @classmethod
@@ -77,6 +82,7 @@ class ChoiceConfig(Settings):
     )
     before: str = Field(" ", description="What stands between the template's end and a choice.")
     normalise: bool = Field(False, description="Score by the mean over a choice's tokens instead of their sum.")
+    fit_temperature: bool = Field(True, description=_FIT_TEMPERATURE)
 
 
 class GenerationConfig(Settings):

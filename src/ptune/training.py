@@ -30,6 +30,7 @@ from ptune.checkpoint import Progress, load_checkpoint, random_state, save_check
 from ptune.comparison import compare_with_bare_model
 from ptune.config import RunConfig, TrainingConfig
 from ptune.data import Record
+from ptune.dev_assessment import assess_dev
 from ptune.errors import ConfigError, MissingExtraError, TrainingError
 from ptune.reporting import Reporter
 from ptune.run_folder import RunFolder
@@ -112,11 +113,7 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(self.prompted, optimizer)
         lengths = [max(len(row.ids) for row in example.rows) for example in parts.train]
         self.tokens = [length * len(example.rows) for length, example in zip(lengths, parts.train, strict=True)]
-        self.schedule = StepPlan(
-            lengths,
-            self.settings,
-            accelerator.num_processes,
-        )
+        self.schedule = StepPlan(lengths, self.settings, accelerator.num_processes)
         self.progress = Progress()
         self.best_rows: Tensor | None = None
         self.random_state = random_state()
@@ -293,9 +290,12 @@ class _Run:
     def _save(self) -> SoftPrompt:
         assert self.best_rows is not None  # there is an evaluation before the first step
         rows = self.best_rows
+        self.prompted.use(rows)
+        assessed = assess_dev(self.parts, batch_size=2 * self.settings.batch_size)
         prompt = SoftPrompt(
             rows=rows,
             deep=self.prompted.deep,
+            temperature=assessed and assessed[0].temperature,
             template=self.task.renderer.template.source,
             task=self.config.task,
             max_length=self.config.prompt.max_length,
@@ -307,10 +307,12 @@ class _Run:
         )
         if self.accelerator.is_main_process:
             prompt.save(self.folder.path)
+        if assessed is not None:
+            self.folder.assessed(assessed[0].values())
+            self.reporter.assessed(*assessed)
         self.accelerator.wait_for_everyone()
         if self.settings.trackers:
             self.accelerator.end_training()
-        self.prompted.use(rows)
         comparison = compare_with_bare_model(self.parts)
         self.reporter.finished(prompt, self.progress, comparison)
         if comparison is not None and comparison.nothing_changed:

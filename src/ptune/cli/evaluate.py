@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
 from ptune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_MOST_LABELS = 12
+"""Of more labels a terminal is too narrow to show the confusion matrix."""
 
 Prompt = Annotated[Path, typer.Argument(help="Folder of a soft prompt.")]
 Fields = Annotated[
@@ -31,7 +38,9 @@ def evaluate(
     field: Fields = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
     batch_size: BatchSize = 32,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics there, too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write metrics, confusion matrix and calibration there.")
+    ] = None,
 ) -> None:
     """Score a soft prompt on records with their answers."""
     from ptune.cli.quiet import quiet
@@ -50,18 +59,36 @@ def evaluate(
     records = load_records(data, split=split, fields=column_mapping(field), limit=limit)
     with Engine.for_prompt(prompt, model, **loading(device, dtype, trust_remote_code)) as engine:
         (name,) = engine.prompts
-        metrics = engine.evaluate(name, records, batch_size=batch_size)
+        assessment = engine.assess(name, records, batch_size=batch_size)
+    metrics = assessment.metrics
     part = "" if Path(data).is_file() else f" ({split})"
     table = Table(title=f"{prompt} on {len(records):,} records of {data}{part}")
     for metric in metrics:
         table.add_column(metric, justify="right")
     table.add_row(*(format_value(metric, value) for metric, value in metrics.items()))
     Console().print(table)
+    if assessment.labels:
+        Console().print(confusion_table(assessment.labels, assessment.confusion))
     if json_file is not None:
-        write_json(
-            json_file,
-            {"prompt": str(prompt), "data": data, "split": split, "records": len(records), "metrics": metrics},
-        )
+        about = {"prompt": str(prompt), "data": data, "split": split, "records": len(records)}
+        write_json(json_file, about | assessment.values())
+
+
+def confusion_table(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> Table | str:
+    """Return the confusion matrix as a table, or a line that says where to find one that no terminal holds."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if len(labels) > _MOST_LABELS:
+        return f"the confusion matrix of {len(labels)} labels is in the file that --json names"
+    table = Table(title="Confusion: a row for each right label, a column for each given one", title_justify="left")
+    table.add_column("")
+    for number, _ in enumerate(labels, 1):
+        table.add_column(str(number), justify="right")
+    for number, (label, row) in enumerate(zip(labels, confusion, strict=True), 1):
+        counts = [f"[bold]{count}[/]" if column == number else str(count) for column, count in enumerate(row, 1)]
+        table.add_row(f"{number} {escape(label)}", *counts)
+    return table
 
 
 def predict(

@@ -106,6 +106,8 @@ def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if metric and before and after:
         result = f"{metric} {format_value(metric, before[metric])} -> {format_value(metric, after[metric])}"
         yield "result", result + _if_known(summary, " on {dev_records} held-out records, step {best_step} of {steps}")
+    if described["temperature"] is not None:
+        yield "temperature", f"{described['temperature']:.3g}, of its labels' probabilities"
     if "training" in summary:
         run = _if_known(summary, "{train_examples} examples of {data}, {seconds} s")
         rate = _if_known(summary["training"], ", learning rate {learning_rate:g}, seed {seed}")

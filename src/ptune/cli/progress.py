@@ -17,6 +17,7 @@ from ptune.config import RunConfig
 from ptune.filling import field_text
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
+from ptune.tasks import Assessment
 
 _PERCENT = {"accuracy", "macro_f1", "micro_f1", "exact_match", "prediction_share", "rouge_l"}
 _HIDDEN = {"prediction_share", "majority_share"}
@@ -101,6 +102,10 @@ class ProgressReporter(Reporter):
     def stopped_early(self, step: int, patience: int) -> None:
         """Say why it ended before its time."""
         self.console.print(f"stopped at step {step}: no better for {patience} evaluations")
+
+    def assessed(self, assessment: Assessment, sentence: str) -> None:
+        """Say at which temperature probabilities are given."""
+        self.console.print(sentence)
 
     def finished(self, prompt: SoftPrompt, progress: RunProgress, comparison: Comparison | None) -> None:
         """Say what was gained, how answers differ from the bare model's, and what to do next."""

@@ -9,15 +9,18 @@ from ptune.task_config import ChoiceConfig, ClassificationConfig, GenerationConf
 from ptune.tasks.choice import Choice
 from ptune.tasks.classification import Classification
 from ptune.tasks.generation import Generation
-from ptune.tasks.task import Example, Forward, Task
+from ptune.tasks.scoring import ScoringTask
+from ptune.tasks.task import Assessment, Example, Forward, Task
 from ptune.template import Template
 
 __all__ = [
+    "Assessment",
     "Choice",
     "Classification",
     "Example",
     "Forward",
     "Generation",
+    "ScoringTask",
     "Task",
     "build_task",
     "default_overlong",
@@ -49,6 +52,7 @@ def task_for(
     max_length: int | None = None,
     overlong: Overlong | None = None,
     deep: bool = False,
+    temperature: float | None = None,
 ) -> Task:
     """Return the task that the settings describe, bound to a template on a backbone.
 
@@ -60,6 +64,7 @@ def task_for(
         max_length: text tokens of a row; None for no limit but the backbone's.
         overlong: what happens to an answer that is itself too long; `default_overlong` where absent.
         deep: whether the virtual tokens are keys and values, in front of everything.
+        temperature: that scores are divided by before they become probabilities; None for none.
 
     Raises:
         TemplateError: the template does not go with the backbone.
@@ -76,7 +81,8 @@ def task_for(
         kind=backbone.kind,
         deep=deep,
     )
-    return build_task(config, renderer)
+    task = build_task(config, renderer)
+    return task.with_temperature(temperature) if isinstance(task, ScoringTask) else task
 
 
 def default_overlong(config: Settings) -> Overlong:

@@ -1,7 +1,4 @@
-"""How right labels are: F1 in two ways, and whether probabilities mean what they say. Knows no models.
-
-Shapes: E examples, C labels.
-"""
+"""How right labels are: F1 in two ways, and which label is taken for which. Knows no models."""
 
 from __future__ import annotations
 
@@ -9,9 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
-_BINS = 15
 
 
 def macro_f1(targets: Sequence[int], predicted: Sequence[int]) -> float:
@@ -27,20 +21,6 @@ def micro_f1(targets: Sequence[int], predicted: Sequence[int], negative: int | N
     one it is the accuracy.
     """
     return _f1(targets, predicted, [label for label in {*targets, *predicted} if label != negative])
-
-
-def expected_calibration_error(probabilities: Tensor, targets: Tensor) -> float:
-    """Return the mean gap between confidence and accuracy (Guo et al. 2017, section 2), over 15 bins of confidence.
-
-    Args:
-        probabilities: ``[E, C]``.
-        targets: ``[E]`` int64.
-    """
-    confidence, predicted = probabilities.max(-1)
-    right = (predicted == targets).double()
-    place = (confidence.double() * _BINS).ceil().clamp(1, _BINS)
-    gaps = [float((right[place == number] - confidence[place == number]).sum().abs()) for number in range(1, _BINS + 1)]
-    return math.fsum(gaps) / len(targets)
 
 
 def confusion(targets: Sequence[int], predicted: Sequence[int], count: int) -> list[list[int]]:

@@ -1,13 +1,15 @@
 """What tasks share that score each of a record's possible answers and take the likeliest.
 
-The loss is the cross-entropy over the scores; probabilities are their softmax. Which answers there are, and how each is
-scored, a task of its own says: `classification` by a verbalizer, `choice` by texts in the record.
+The loss is the cross-entropy over the scores; probabilities are their softmax, once they are divided by the soft
+prompt's temperature (`calibration`), which changes no label. Which answers there are, and how each is scored, a task of
+its own says: `classification` by a verbalizer, `choice` by texts in the record.
 
 Shapes: E examples, C answers.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,8 +21,9 @@ from torch.nn import functional
 
 from ptune.backbone import Backbone
 from ptune.batch import Row, collate
-from ptune.tasks.metrics import expected_calibration_error, macro_f1, micro_f1
-from ptune.tasks.task import Example, Forward, Task
+from ptune.tasks.calibration import calibration_error, reliability
+from ptune.tasks.metrics import confusion, macro_f1, micro_f1
+from ptune.tasks.task import Assessment, Example, Forward, Task
 
 
 class ScoringTask(Task):
@@ -30,11 +33,13 @@ class ScoringTask(Task):
         rows_each: rows of one example.
         negative: number of the answer that micro F1 leaves out.
         weights: ``[C]`` float32, of each answer in the loss; None for equal ones.
+        temperature: that scores are divided by before they become probabilities; None for scores as they are.
     """
 
     rows_each: int
     negative: int | None = None
     weights: Tensor | None = None
+    temperature: float | None = None
 
     @abstractmethod
     def rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
@@ -76,7 +81,9 @@ class ScoringTask(Task):
     def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
         """Return the cross-entropy over the answers, summed over examples."""
         scores = self.scores(forward, [example.rows for example in examples], pad_id)
-        targets = torch.tensor([example.target for example in examples], device=scores.device)
+        return self._summed_loss(scores, torch.tensor([example.target for example in examples], device=scores.device))
+
+    def _summed_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
         weights = None if self.weights is None else self.weights.to(scores)
         return functional.cross_entropy(scores, targets, weights, reduction="sum")
 
@@ -91,35 +98,62 @@ class ScoringTask(Task):
 
     def answer_from(self, record: Mapping[str, Any], scores: Tensor) -> dict[str, Any]:
         """Return what `predict` says of a record with these scores, ``[C]``, corrected already."""
-        probabilities, names = scores.softmax(-1).tolist(), self.names(record)
-        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        probabilities, names = self.probabilities(scores).tolist(), self.names(record)
+        best = int(scores.argmax())  # of the scores: rounding may make two probabilities equal
         return {
             "label": names[best],
             "probability": probabilities[best],
             "probabilities": dict(zip(names, probabilities, strict=True)),
         }
 
+    def with_temperature(self, temperature: float | None) -> ScoringTask:
+        """Return the same task with its probabilities at another temperature."""
+        other = copy.copy(self)
+        other.temperature = temperature
+        return other
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Return the probabilities ``[..., C]`` float64 of scores, corrected already, by the temperature."""
+        return (scores.double() / (self.temperature or 1.0)).softmax(-1)
+
     def evaluate(
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
     ) -> dict[str, float]:
+        """Return the metrics of `assess`."""
+        return self.assess(backbone, records, batch_size=batch_size).metrics
+
+    def assess(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> Assessment:
         """Return accuracy, macro F1, micro F1 where an answer is left out of it, calibration error and loss.
 
+        ``calibration_error`` is that of the probabilities as `predict` gives them; with a temperature
+        ``calibration_error_before`` is that without it. ``loss`` is the training's: weighted, without the temperature.
         ``prediction_share`` is how many predictions are the most frequent one.
         """
+        return self.assessment(self.all_scores(backbone, records, batch_size), records)
+
+    def assessment(self, scores: Tensor, records: Sequence[Mapping[str, Any]]) -> Assessment:
+        """Return what `assess` does, of the records' scores ``[E, C]``."""
+        labels = tuple(self.names(records[0]))
         targets = [self.target(record) for record in records]
-        scores = self.all_scores(backbone, records, batch_size)
+        right = torch.tensor(targets)  # [E]
         predicted = scores.argmax(-1).tolist()
+        before = reliability(scores.double().softmax(-1), right)
+        after = before if self.temperature is None else reliability(self.probabilities(scores), right)
         metrics = {
             "accuracy": sum(one == other for one, other in zip(targets, predicted, strict=True)) / len(targets),
             "macro_f1": macro_f1(targets, predicted),
         }
         if self.negative is not None:
             metrics["micro_f1"] = micro_f1(targets, predicted, self.negative)
-        return metrics | {
-            "calibration_error": expected_calibration_error(scores.softmax(-1), torch.tensor(targets)),
-            "loss": float(functional.cross_entropy(scores, torch.tensor(targets))),
+        if self.temperature is not None:
+            metrics["calibration_error_before"] = calibration_error(before)
+        metrics |= {
+            "calibration_error": calibration_error(after),
+            "loss": float(self._summed_loss(scores, right)) / len(targets),
             "prediction_share": max(Counter(predicted).values()) / len(records),
         }
+        table = tuple(tuple(row) for row in confusion(targets, predicted, len(labels)))
+        return Assessment(metrics, labels, table, self.temperature, tuple(before), tuple(after))
 
     def all_scores(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], batch_size: int) -> Tensor:
         """Return the scores ``[E, C]`` float32 of any number of records, in their order.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from ptune.backbone import Backbone
 from ptune.batch import Row
 from ptune.rendering import Renderer
 from ptune.settings import Settings
+from ptune.tasks.calibration import Bin
 
 
 class Forward(Protocol):
@@ -47,6 +48,39 @@ class Example:
     rows: tuple[Row, ...]
     target: Any
     weight: int
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """How well records with their answers were answered.
+
+    Attributes:
+        metrics: ``loss`` and the task's metrics.
+        labels: the possible answers, where a task has them.
+        confusion: how often each label (row) was taken for each (column).
+        temperature: that scores are divided by; None where there is none.
+        before: how right predictions of each confidence are, by the scores as they are.
+        after: by the scores divided by the temperature, as probabilities are given.
+    """
+
+    metrics: dict[str, float]
+    labels: tuple[str, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
+    temperature: float | None = None
+    before: tuple[Bin, ...] = ()
+    after: tuple[Bin, ...] = ()
+
+    def values(self) -> dict[str, Any]:
+        """Return it as JSON values; of free text the metrics alone."""
+        if not self.labels:
+            return {"metrics": self.metrics}
+        bins = {"before": [asdict(one) for one in self.before], "after": [asdict(one) for one in self.after]}
+        return {
+            "metrics": self.metrics,
+            "labels": list(self.labels),
+            "confusion": [list(row) for row in self.confusion],
+            "calibration": {"temperature": self.temperature, **bins},
+        }
 
 
 class Task(ABC):
@@ -95,3 +129,7 @@ class Task(ABC):
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int
     ) -> dict[str, float]:
         """Score answers against records that hold the right ones: ``loss`` and the task's metrics."""
+
+    def assess(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> Assessment:
+        """Score answers as `evaluate` does, and say what else there is to know of them."""
+        return Assessment(self.evaluate(backbone, records, batch_size=batch_size))
