@@ -30,7 +30,7 @@ from ptune.generation import GenerationOptions, generate
 from ptune.soft_prompt import SoftPrompt
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
-COMMANDS = ["train", "eval", "predict", "generate", "inspect", "list", "import", "demo"]
+COMMANDS = ["train", "eval", "predict", "generate", "inspect", "report", "list", "import", "demo"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
 
 

@@ -22,7 +22,7 @@ from ptune.config_file import config_yaml, differing_settings, load_config
 from ptune.errors import ConfigError, OutputError
 from ptune.files import append_line, folder_lock, write_json, write_text
 
-LOG, ASSESSMENT = "log.jsonl", "assessment.json"
+LOG, ASSESSMENT, SETTINGS = "log.jsonl", "assessment.json", "config.yaml"
 
 # Settings that may change between a run and its resumption without changing its result.
 _FREE_TO_CHANGE = {
@@ -100,7 +100,7 @@ class RunFolder:
         if not self._resume and self._writes:
             for old in (self.checkpoint, self.run / LOG, self.run / ASSESSMENT):
                 old.unlink(missing_ok=True)
-            write_text(self.run / "config.yaml", config_yaml(self._config))
+            write_text(self.run / SETTINGS, config_yaml(self._config))
         self._begun = True
 
     def forget_after(self, step: int) -> None:
@@ -146,7 +146,7 @@ class RunFolder:
                     folder.rmdir()
 
     def _check(self) -> None:
-        settings = self.run / "config.yaml"
+        settings = self.run / SETTINGS
         if self._resume:
             if not settings.is_file():
                 raise OutputError(f'"{self.path}" holds no run to resume; leave --resume out to begin one')

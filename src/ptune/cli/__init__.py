@@ -1,4 +1,4 @@
-"""The command line: `ptune train / eval / predict / generate / inspect / list / import / serve / demo`. Each is thin.
+"""The command line: `ptune train / eval / predict / inspect / report / merge / serve ...`. Each command is thin.
 
 Nothing here computes: commands read arguments, call the library and show what it returns. Nothing heavy is imported
 before a command runs, so that help is instant. A `PtuneError` becomes one sentence and exit code 2.
@@ -17,6 +17,7 @@ from ptune.cli.import_peft import import_peft
 from ptune.cli.inspect import inspect
 from ptune.cli.list import list_prompts
 from ptune.cli.merge import merge
+from ptune.cli.report import report
 from ptune.cli.serve import serve
 from ptune.cli.train import train
 from ptune.errors import PtuneError
@@ -36,6 +37,7 @@ app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(generate)
 app.command(context_settings=_ANY_SETTING)(inspect)
+app.command()(report)
 app.command("list")(list_prompts)
 app.command()(merge)
 app.command("import")(import_peft)

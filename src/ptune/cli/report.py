@@ -1,0 +1,52 @@
+"""`ptune report`: one page on a soft prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    prompt: Annotated[Path, typer.Argument(help="Folder of a soft prompt.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page; report.html in the prompt's folder where absent.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="What ptune eval --json wrote; what dev said in training where absent.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The backbone, where it is not the one that is named.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="So many nearest words of a virtual token.")] = 4,
+) -> None:
+    """Write one self-contained HTML page: curves, confusion matrix, calibration, nearest words, settings, versions."""
+    from ptune.cli.quiet import quiet
+
+    quiet()
+    from ptune.backbone import Backbone
+    from ptune.errors import BackboneError
+    from ptune.files import write_text
+    from ptune.nearest_words import nearest_words
+    from ptune.pictures import check_matplotlib
+    from ptune.report import read_story, report_page
+    from ptune.soft_prompt import SoftPrompt
+
+    check_matplotlib()
+    loaded = SoftPrompt.load(prompt)
+    words, no_words = None, ""
+    if loaded.deep is not None:
+        no_words = "A deep prompt is keys and values at every layer, to which no words are near."
+    else:
+        try:
+            backbone = Backbone.load(model or loaded.backbone_name)
+        except BackboneError as error:
+            if model is not None:
+                raise
+            no_words = f"Nearest words need the backbone: {error}"
+        else:
+            loaded.check(backbone)
+            words = nearest_words(loaded.rows, backbone, count)
+    page = report_page(read_story(prompt, loaded, evaluation=evaluation, words=words, no_words=no_words))
+    path = output or prompt / "report.html"
+    write_text(path, page)
+    typer.echo(f"report written to {path}")
