@@ -32,6 +32,10 @@ class ClassificationConfig(Settings):
     negative_label: str | None = Field(
         None, description="Left out of micro F1, as relation extraction leaves out its class for no relation."
     )
+    contained: dict[str, str] = Field(
+        default_factory=dict,
+        description="Field -> the field in whose text it must stand, as the two entities of a relation do.",
+    )
     label_weights: dict[str, float] = Field(
         default_factory=dict, description="How much a label's examples weigh in the loss; 1 where absent."
     )

@@ -19,6 +19,7 @@ from ptune.backbone import Backbone
 from ptune.batch import Row
 from ptune.errors import ConfigError, DataError, did_you_mean
 from ptune.families import MASKED
+from ptune.filling import field_text, location
 from ptune.losses import at_least_float32
 from ptune.rendering import Renderer
 from ptune.settings import label_text
@@ -48,6 +49,7 @@ class Classification(ScoringTask):
             self.weights = torch.tensor([config.label_weights.get(label, 1.0) for label in self.labels])
         tokens = [tuple(renderer.answer_ids(words, end=False)) for words in config.verbalizer.values()]
         _check_verbalizer(config.verbalizer, tokens, masked=renderer.kind is MASKED)
+        self._names_contained = [*config.contained, *config.contained.values()]
         self._reading = masked_reading(tokens) if renderer.kind is MASKED else trie_reading(tokens)
         self.rows_each = self._reading.rows_each
 
@@ -65,17 +67,17 @@ class Classification(ScoringTask):
         Raises:
             DataError: it has none, or one outside the verbalizer.
         """
-        field, location = self.config.label_field, getattr(record, "location", "a record")
+        field, place = self.config.label_field, location(record)
         if field not in record:
             known = [str(key) for key in record]
             raise DataError(
-                f'{location} has no label: it lacks the field "{field}" and has {", ".join(known)}; '
+                f'{place} has no label: it lacks the field "{field}" and has {", ".join(known)}; '
                 f"name the right one as task.label_field.{did_you_mean(field, known)}"
             )
         label = label_text(record[field])
         if label not in self.config.verbalizer:
             raise DataError(
-                f'{location}: the label "{label}" is not in the verbalizer, which knows {", ".join(self.labels)}; '
+                f'{place}: the label "{label}" is not in the verbalizer, which knows {", ".join(self.labels)}; '
                 f"add it there or mend the record.{did_you_mean(label, self.labels)}"
             )
         return label
@@ -85,14 +87,34 @@ class Classification(ScoringTask):
         return self.labels.index(self.label(record))
 
     def rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
-        """Return the rows that `label_reading` asks for."""
+        """Return the rows that `label_reading` asks for.
+
+        Raises:
+            DataError: a field does not stand in the text that should contain it.
+        """
+        for part, whole in self.config.contained.items():
+            self._check_contained(record, part, whole)
         return self._reading.rows(self.renderer, record)
+
+    def _check_contained(self, record: Mapping[str, Any], part: str, whole: str) -> None:
+        for name in (part, whole):
+            if name not in record:
+                known = [str(key) for key in record]
+                raise DataError(
+                    f'{location(record)} lacks the field "{name}" that task.contained names; it has '
+                    f"{', '.join(known)}.{did_you_mean(name, known)}"
+                )
+        if (text := field_text(record, part).strip()) not in field_text(record, whole):
+            raise DataError(
+                f'{location(record)}: the {part} "{text}" does not stand in its {whole}; mend the record, or leave '
+                f"{part} out of task.contained"
+            )
 
     def corrected(self, scores: Tensor, backbone: Backbone) -> Tensor:
         """Return scores ``[E, C]``, less those of an empty record where the calibration is by a prior."""
         if self.config.calibration != "prior":
             return scores
-        empty = dict.fromkeys(self.renderer.template.fields, "")
+        empty = dict.fromkeys((*self.renderer.template.fields, *self._names_contained), "")
         return scores - self.scores(backbone, [self.rows(empty)], backbone.tokenizer.pad_token_id).float().cpu()
 
     def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
