@@ -31,6 +31,7 @@ ASSESSMENT = {
     "confusion": [[41, 5], [7, 11]],
     "calibration": {"temperature": 1.5, "before": BINS, "after": BINS[:1]},
 }
+EMPTY = {"temperature": None, "before": [], "after": [{"wrong": 1}]}
 LOG = [
     {"step": 0, "loss": 2.0, "accuracy": 0.5},
     {"step": 10, "train_loss": 1.5},
@@ -170,6 +171,7 @@ def test_a_copied_prompt_without_its_run_is_reported_with_an_evaluation(folder: 
         ("log.jsonl", '{"step": 1}\nnonsense\n', SoftPromptError, 'log.jsonl", line 2: expected an object with a step'),
         ("assessment.json", '{"labels": ["a"]}', SoftPromptError, "expected the metrics, labels, confusion"),
         ("other.json", '{"metrics": {}, "labels": ["a"], "confusion": [[1, 2]]}', DataError, "by ptune eval --json"),
+        ("other.json", json.dumps(ASSESSMENT | {"calibration": EMPTY}), DataError, "by ptune eval --json"),
     ],
 )
 def test_files_that_were_altered_are_named(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from accelerate.utils import broadcast_object_list
 
 from ptune.assembly import Parts
-from ptune.task_config import ChoiceConfig, ClassificationConfig
 from ptune.tasks import Assessment, ScoringTask
 from ptune.tasks.calibration import fit_temperature
 
@@ -28,8 +27,7 @@ def assess_dev(parts: Parts, *, batch_size: int) -> tuple[Assessment, str] | Non
     if not isinstance(task, ScoringTask):
         return None
     scores = task.all_scores(parts.prompted.backbone, records, batch_size)
-    assert isinstance(task.config, ClassificationConfig | ChoiceConfig)
-    if not task.config.fit_temperature:
+    if not getattr(task.config, "fit_temperature", False):
         return task.assessment(scores, records), "no temperature: task.fit_temperature is off"
     fitted = fit_temperature(scores, [task.target(record) for record in records])
     (temperature,) = broadcast_object_list([fitted.value])  # scores of processes may differ in their last digits

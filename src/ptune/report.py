@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -320,6 +320,17 @@ def _check(values: Any, path: Path, error: type[Exception], mend: str) -> None:
             and [len(row) for row in table] == [count] * count
             and isinstance(calibration, dict)
             and {"temperature", "before", "after"} <= set(calibration)
+            and all(_are_bins(calibration[name]) for name in ("before", "after"))
         )
     if not known:
         raise error(f'"{path}" expected the metrics, labels, confusion and calibration of an evaluation; {mend}')
+
+
+def _are_bins(values: Any) -> bool:
+    names = {field.name for field in fields(Bin)}
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(isinstance(one, dict) and set(one) == names for one in values)
+        and all(isinstance(number, int | float) for one in values for number in one.values())
+    )

@@ -47,7 +47,7 @@ def evaluate(
 
     quiet()
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from ptune.cli.progress import format_value
     from ptune.data import has_split, load_records
@@ -62,10 +62,11 @@ def evaluate(
         assessment = engine.assess(name, records, batch_size=batch_size)
     metrics = assessment.metrics
     part = "" if Path(data).is_file() else f" ({split})"
-    table = Table(title=f"{prompt} on {len(records):,} records of {data}{part}")
-    for metric in metrics:
-        table.add_column(metric, justify="right")
-    table.add_row(*(format_value(metric, value) for metric, value in metrics.items()))
+    table = Table(
+        "metric", Column("value", justify="right"), title=f"{prompt} on {len(records):,} records of {data}{part}"
+    )
+    for metric, value in metrics.items():
+        table.add_row(metric, format_value(metric, value))
     Console().print(table)
     if assessment.labels:
         Console().print(confusion_table(assessment.labels, assessment.confusion))
@@ -81,7 +82,7 @@ def confusion_table(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -
 
     if len(labels) > _MOST_LABELS:
         return f"the confusion matrix of {len(labels)} labels is in the file that --json names"
-    table = Table(title="Confusion: a row for each right label, a column for each given one", title_justify="left")
+    table = Table(title="rows: right labels; columns: given ones")
     table.add_column("")
     for number, _ in enumerate(labels, 1):
         table.add_column(str(number), justify="right")
