@@ -387,12 +387,13 @@ def test_rows_that_are_tokenised_already_keep_to_the_limits() -> None:
 
 
 def test_a_preview_decodes_back_what_the_model_reads() -> None:
-    segments = renderer("[P*2]Human: {instruction}\n{answer}").preview({"instruction": "Walk"}, "Yes")
+    tutorial = renderer("[P*2]Human: {instruction}\n{answer}")
+    segments = tutorial.preview(tutorial.row({"instruction": "Walk"}, "Yes"))
     assert [(segment.kind, segment.text) for segment in segments] == [
         ("virtual", "[P0][P1]"),
         ("text", "Human: Walk\n"),
         ("answer", "Yes</s>"),
     ]
-    words_alone = renderer("{text}[P]{answer}").preview({"text": "Walk"}, " great", end=False)
+    review = renderer("{text}[P]{answer}")
+    words_alone = review.preview(review.row({"text": "Walk"}, " great", end=False))
     assert [segment.kind for segment in words_alone] == ["text", "virtual", "answer"]
-    assert renderer("{text}[P]{answer}", max_length=6, overlong="drop").preview({"text": "x"}, "film " * 9) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ptune.backbone import Backbone
@@ -20,12 +21,17 @@ from ptune.deep_start import check_deep_family, keys_and_values_of
 from ptune.encoder import PromptEncoder, build_encoder
 from ptune.errors import ConfigError, DataError
 from ptune.initial_rows import initial_rows
+from ptune.linear_head import LinearHead
 from ptune.prompted_model import PromptedModel
 from ptune.settings import label_text
 from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import ClassificationConfig
-from ptune.tasks import Example, Task, task_for
+from ptune.task_config import ClassificationConfig, LinearClassificationConfig, head_outputs
+from ptune.tasks import Example, Task, completed, task_for
+from ptune.tasks.reading import ReadingTask
 from ptune.template import Template
+
+_EXAMPLES_FOR_SCALE = 8
+"""How many training examples show how large hidden states are."""
 
 
 @dataclass
@@ -33,7 +39,8 @@ class Parts:
     """What a run is made of.
 
     Attributes:
-        prompted: backbone and encoder as one model.
+        config: the settings, with the labels or tags that they left to the training data.
+        prompted: backbone and encoder as one model, with a linear head where the task has one.
         task: renders records and scores answers, with the ids that `prompted` was given.
         train: examples to learn from; too long ones are cut, or left out, by the template's `overlong`.
         dev: held-out records.
@@ -43,6 +50,7 @@ class Parts:
         notes: what its maker should know of the data and the start, a sentence each.
     """
 
+    config: RunConfig
     prompted: PromptedModel
     task: Task
     train: list[Example]
@@ -68,6 +76,7 @@ def assemble(
     """
     template = template_for(config, backbone)
     train, dev = records or read_records(config, template)
+    config = config.model_copy(update={"task": completed(config.task, train)})
     prompted = PromptedModel(backbone, build_prompt_encoder(config, backbone, template))
     try:
         task = build_task(config, template, backbone, prompted.first_virtual_id)
@@ -79,10 +88,16 @@ def assemble(
             if not usable:
                 limit = config.prompt.max_length
                 raise DataError(f"all {given} {what} records are longer than max_length {limit}; raise it")
+        notes = [*_missing_labels(config, train, dev), *_left_out_turns(train)]
+        if isinstance(task, ReadingTask) and task.reads_states:
+            head, note = build_head(config, task, prompted, examples)
+            task.head = prompted.head = head.to(backbone.device)
+            notes += note
     except BaseException:
         prompted.close()
         raise
     return Parts(
+        config=config,
         prompted=prompted,
         task=task,
         train=examples,
@@ -90,7 +105,7 @@ def assemble(
         dropped=len(train) - len(examples),
         cut=sum(any(row.cut for row in example.rows) for example in examples),
         data_hash=data_hash(train),
-        notes=[*_missing_labels(config, train, dev), *_left_out_turns(train)],
+        notes=notes,
     )
 
 
@@ -149,6 +164,31 @@ def build_prompt_encoder(config: RunConfig, backbone: Backbone, template: Templa
     return build_deep_encoder(settings.encoder, source.deep, rows, source.rows, seed)
 
 
+def build_head(
+    config: RunConfig, task: ReadingTask, prompted: PromptedModel, examples: Sequence[Example]
+) -> tuple[LinearHead, list[str]]:
+    """Return the linear head of a run at its start, and what its maker should know of it.
+
+    It goes on from that of the soft prompt to start from, where that one scores the same labels or tags.
+
+    Args:
+        config: the settings, their task's labels or tags known.
+        task: that will read by it.
+        prompted: the model, its virtual tokens at their start.
+        examples: some of which show the size of hidden states.
+    """
+    outputs, start = head_outputs(config.task) or (), config.prompt.start.prompt
+    prompted.use()
+    with torch.no_grad():
+        rows = [row for example in examples[:_EXAMPLES_FOR_SCALE] for row in example.rows]
+        states = task.read(prompted.backbone, rows, prompted.backbone.tokenizer.pad_token_id)
+    source = SoftPrompt.load(start) if start else None
+    if source is not None and source.head is not None and head_outputs(source.task) == outputs:
+        return source.head.rescaled(states), []
+    notes = [f'the linear head starts anew, for "{start}" has none of the same labels or tags'] if start else []
+    return LinearHead.new(len(outputs), states, config.training.seed), notes
+
+
 def read_records(config: RunConfig, template: Template) -> tuple[list[Record], list[Record]]:
     """Return training and dev records as ``config.data`` says.
 
@@ -168,7 +208,7 @@ def read_records(config: RunConfig, template: Template) -> tuple[list[Record], l
     else:
         # what counts as the same text is what the template shows of it
         train, dev = split_dev(train, data.dev_fraction, data.dev_limit, config.training.seed, fields=template.fields)
-    if data.shots is not None and isinstance(config.task, ClassificationConfig):
+    if data.shots is not None and isinstance(config.task, ClassificationConfig | LinearClassificationConfig):
         label, seed = config.task.label_field, config.training.seed
         train = draw_shots(train, label, data.shots, seed, exact=True)
         dev = draw_shots(dev, label, data.shots, seed)
@@ -205,15 +245,19 @@ def _source(folder: str, backbone: Backbone, template: Template) -> SoftPrompt:
 
 
 def _missing_labels(config: RunConfig, train: Sequence[Record], dev: Sequence[Record]) -> Iterator[str]:
-    if not isinstance(config.task, ClassificationConfig):
+    if isinstance(config.task, ClassificationConfig):
+        labels = list(config.task.verbalizer)
+    elif isinstance(config.task, LinearClassificationConfig) and not config.task.multi_label:
+        labels = list(config.task.labels)
+    else:
         return
     for records, what in ((train, "training"), (dev, "dev")):
         seen = {label_text(record.get(config.task.label_field)) for record in records}
-        missing = [label for label in config.task.verbalizer if label not in seen]
+        missing = [label for label in labels if label not in seen]
         if missing:
             some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             yield (
-                f"{len(missing)} of {len(config.task.verbalizer)} labels have no {what} record ({some}): "
+                f"{len(missing)} of {len(labels)} labels have no {what} record ({some}): "
                 "is the file sorted, and data.limit or data.dev_limit too small?"
             )
 

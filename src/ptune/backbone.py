@@ -31,7 +31,7 @@ from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length,
 from ptune.fingerprint import fingerprint, same_backbone, sampled_ids
 from ptune.loading import check_folder, check_tokenizer, find_device, first_position, quantization_config
 from ptune.losses import next_token_labels, summed_loss
-from ptune.output_head import OutputHead
+from ptune.output_head import OutputHead, Wanted
 from ptune.packed_attention import Packing, packed_attention
 from ptune.plans import Plans, context_of
 from ptune.recomputation import recompute_layers, recomputing
@@ -187,7 +187,7 @@ class Backbone:
         if columns is None:
             return self._outputs(input_ids, attention_mask, positions)
         if positions is not None and self._may_withhold:
-            return self.head.logits(self._outputs(input_ids, attention_mask, positions, states=True), columns)
+            return self.head.logits(self._outputs(input_ids, attention_mask, positions, "head inputs"), columns)
         logits = self._outputs(input_ids, attention_mask, positions)
         return logits[..., columns.to(logits.device)]
 
@@ -197,26 +197,26 @@ class Backbone:
         return self.plan != "reference" and self.head.plain
 
     def _outputs(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None, *, states: bool = False
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None, wanted: Wanted = "logits"
     ) -> Tensor:
-        """Return logits as `logits` does, or the hidden states ``[N, H]`` that the head would read."""
+        """Return logits as `logits` does, or hidden states ``[N, H]``."""
         if self.model.training:
             self.model.eval()  # whatever called train() on it: a frozen model's dropout stays off
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         positions = None if positions is None else positions.to(self.device)
         if (deep := deep_prompts_of(self.model).opening(input_ids)) is not None:
             deep.check(input_ids.shape[1], self._cached_length, bool(self._recomputed))
-            run = functools.partial(self._run, states=states)
+            run = functools.partial(self._run, wanted=wanted)
             self.plans.note("reference", "a deep prompt stands before the text at every layer")
             return logits_behind(deep, run, input_ids, attention_mask, positions, self.dtype)
         hindrance = "logits of all positions are wanted" if positions is None else self._hindrance(input_ids.shape[1])
         if positions is not None and hindrance is None:
-            return self.plans.outputs(input_ids, attention_mask, positions, states=states)
+            return self.plans.outputs(input_ids, attention_mask, positions, wanted)
         self.plans.note("reference", str(hindrance))
         arguments, positions = self._arguments(input_ids, attention_mask, positions)
-        with self.head.at(positions, withhold=states) as withheld, recomputing(self._recomputed):
+        with self.head.at(positions, wanted) as taken, recomputing(self._recomputed):
             logits: Tensor = self.model(**arguments).logits
-        return withheld[0] if states else logits
+        return logits if wanted == "logits" else taken[0]
 
     def keep_contexts(self, rows: Iterable[Sequence[int]], budget: int) -> ContextCache:
         """Run what stands before the first virtual token of rows once, where a plan will read it again and again.
@@ -253,7 +253,7 @@ class Backbone:
         past: DynamicCache | None = None,
         *,
         keep: bool = False,
-        states: bool = False,
+        wanted: Wanted = "logits",
         packing: Packing | None = None,
     ) -> tuple[Tensor, DynamicCache | None]:
         """Run the model on what follows ``past``: what `Plans` are made of; see `ptune.plans.Run`."""
@@ -265,9 +265,9 @@ class Backbone:
         if past is not None and self.kind is MASKED:
             arguments["attention_mask"] = mask_from_both_sides(attention_mask, input_ids.shape[1], self.dtype)
         attention = nullcontext() if packing is None else packed_attention(self.model.config)
-        with attention, self.head.at(positions, withhold=states) as withheld:
+        with attention, self.head.at(positions, wanted) as taken:
             output = self.model(**arguments, past_key_values=past, use_cache=keep)
-        return withheld[0] if states else output.logits, output.past_key_values if keep else None
+        return output.logits if wanted == "logits" else taken[0], output.past_key_values if keep else None
 
     def _arguments(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None
@@ -290,8 +290,9 @@ class Backbone:
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         columns: Tensor | None = None,
+        states: bool = False,
     ) -> Tensor:
-        """Return the summed loss for ``labels``, or else logits: what a task asks of a model, trained or not.
+        """Return the summed loss for ``labels``, or else logits or states: what a task asks of a model, trained or not.
 
         Args:
             input_ids: ``[B, T]`` int64, ids from V on being virtual tokens.
@@ -299,18 +300,21 @@ class Backbone:
             labels: ``[B, T]`` int64, the id itself at supervised positions, `IGNORED` elsewhere.
             positions: ``[B, T]`` bool, as in `logits`; without labels only.
             columns: ``[C]`` int64, as in `logits`; without labels only.
+            states: return the last layer's hidden states at the positions, ``[N, H]``, for a linear head.
 
         Returns:
             With labels, the cross-entropy summed over supervised tokens, a scalar in float32 (float64 where the
             backbone is): divide it by their number, or by that of a whole accumulation window. Else `logits`.
         """
+        if states:
+            return self._outputs(input_ids, attention_mask, positions, "final states")
         if labels is None:
             return self.logits(input_ids, attention_mask, positions, columns)
         wanted = labels if self.kind is MASKED else next_token_labels(labels)
         supervised = wanted != IGNORED
         if self._may_withhold:
-            states = self._outputs(input_ids, attention_mask, supervised, states=True)  # [N, H]
-            return self.head.loss(states, wanted[supervised])
+            inputs = self._outputs(input_ids, attention_mask, supervised, "head inputs")  # [N, H]
+            return self.head.loss(inputs, wanted[supervised])
         logits = self.logits(input_ids, attention_mask, supervised)  # [N, V]
         return summed_loss(logits, wanted[supervised].to(logits.device))
 

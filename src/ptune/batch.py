@@ -28,13 +28,13 @@ class Row:
         ids: of text and virtual tokens.
         labels: of the same length: the id itself where it is learnt, `IGNORED` elsewhere.
         cut: how many text tokens were left out.
-        read_at: places whose logits a task reads, where labels do not say.
+        read_at: places that a task reads, in order, where labels do not say.
     """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     cut: int = 0
-    read_at: range = range(0)
+    read_at: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

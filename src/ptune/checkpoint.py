@@ -19,6 +19,9 @@ from torch.optim import Optimizer
 from ptune.errors import TrainingError
 from ptune.files import read_tensors, write_tensors
 
+_OTHERS = ("optimizer.", "best_", "random.")
+"""How tensors are called that are no part of what is trained."""
+
 
 @dataclass
 class Progress:
@@ -43,43 +46,43 @@ class Progress:
 def save_checkpoint(
     path: Path,
     *,
-    encoder: torch.nn.Module,
+    trained: torch.nn.Module,
     optimizer: Optimizer,
     progress: Progress,
-    best_rows: Tensor | None,
+    best: dict[str, Tensor],
     random_state: dict[str, Tensor],
 ) -> None:
     """Write everything that the rest of the run depends on.
 
     Args:
         path: the file; an older checkpoint there is replaced in one step.
-        encoder: the prompt encoder.
-        optimizer: over the encoder's parameters.
+        trained: the prompt encoder, with a linear head where there is one.
+        optimizer: over their parameters.
         progress: counters and history.
-        best_rows: virtual tokens ``[P, H]`` of the best evaluation, None before the first.
+        best: what the soft prompt of the best evaluation holds, ``rows`` of shape [P, H] and a head's tensors; empty
+            before the first.
         random_state: from `random_state` at the last step's end.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written; the older checkpoint is still there.
     """
     state = optimizer.state_dict()
-    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    tensors = dict(trained.state_dict())
     for index, entries in state["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
     tensors |= {f"random.{name}": value for name, value in random_state.items()}
-    if best_rows is not None:
-        tensors["best_rows"] = best_rows
+    tensors |= {f"best_{name}": value for name, value in best.items()}
     metadata = {"progress": json.dumps(vars(progress)), "param_groups": json.dumps(state["param_groups"])}
     write_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
 
 
 def load_checkpoint(
-    path: Path, *, encoder: torch.nn.Module, optimizer: Optimizer
-) -> tuple[Progress, Tensor | None, dict[str, Tensor]]:
-    """Put the state of `save_checkpoint` into encoder and optimizer; return progress, best rows and random state.
+    path: Path, *, trained: torch.nn.Module, optimizer: Optimizer
+) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
+    """Put the state of `save_checkpoint` where it came from; return progress, the best tensors and random state.
 
     Raises:
-        TrainingError: the file is damaged, or was written by a run with another encoder.
+        TrainingError: the file is damaged, or was written by a run with another encoder or head.
     """
     tensors = read_tensors(path, TrainingError)
     with safe_open(path, framework="pt") as file:
@@ -90,7 +93,7 @@ def load_checkpoint(
             _, index, entry = name.split(".", 2)
             optimizer_state.setdefault(int(index), {})[entry] = tensor
     try:
-        encoder.load_state_dict(_below(tensors, "encoder."))
+        trained.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(_OTHERS)})
         groups: list[dict[str, Any]] = json.loads(metadata["param_groups"])
         for group in groups:
             group["betas"] = tuple(group["betas"])  # JSON knows no tuples
@@ -100,7 +103,7 @@ def load_checkpoint(
         raise TrainingError(
             f'checkpoint "{path}" belongs to a run with other settings; start anew with --overwrite'
         ) from error
-    return progress, tensors.get("best_rows"), _below(tensors, "random.")
+    return progress, _below(tensors, "best_"), _below(tensors, "random.")
 
 
 def random_state() -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ class Comparison:
     Attributes:
         changed: answers that differ from the bare model's.
         total: answers compared.
-        shift: mean change of the answers' probabilities, of all labels together; None for free text.
+        shift: mean change of the answers' probabilities, of all labels together; None for free text and tags.
         off_task: question, the bare model's answer, the answer with the prompt; None for tasks without free text.
     """
 
@@ -46,7 +46,8 @@ class Comparison:
 def compare_with_bare_model(parts: Parts) -> Comparison | None:
     """Answer some dev records, and one question that has nothing to do with them, with and without virtual tokens.
 
-    None where the template has no field, as for records that are tokenised already: there is nothing to ask.
+    A linear head reads both, for without one there is no answer. None where the template has no field, as for records
+    that are tokenised already: there is nothing to ask.
     """
     task, backbone = parts.task, parts.prompted.backbone
     if not task.renderer.template.fields:
@@ -55,13 +56,16 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
     writes = isinstance(task.config, GenerationConfig)
     records = parts.dev[: _WRITTEN if writes else _SCORED]
     with_prompt, without = (one.predict(backbone, records, batch_size=len(records)) for one in (task, bare))
+    pairs = list(zip(with_prompt, without, strict=True))
     if writes:
-        changed = sum(one["text"] != other["text"] for one, other in zip(with_prompt, without, strict=True))
+        changed = sum(one["text"] != other["text"] for one, other in pairs)
         return Comparison(changed, len(records), off_task=_off_task(task, bare, backbone))
-    changed = sum(one["label"] != other["label"] for one, other in zip(with_prompt, without, strict=True))
+    changed = sum(one[task.answer_key] != other[task.answer_key] for one, other in pairs)
+    if "probabilities" not in with_prompt[0]:
+        return Comparison(changed, len(records))
     shifts = [
         sum(abs(probability - other["probabilities"][label]) for label, probability in one["probabilities"].items()) / 2
-        for one, other in zip(with_prompt, without, strict=True)
+        for one, other in pairs
     ]
     return Comparison(changed, len(records), shift=sum(shifts) / len(shifts))
 

@@ -13,7 +13,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ptune.settings import Settings
-from ptune.task_config import ClassificationConfig, TaskConfig
+from ptune.task_config import (
+    ClassificationConfig,
+    LinearClassificationConfig,
+    TaggingConfig,
+    TaskConfig,
+    check_task_template,
+)
 from ptune.template import Template
 
 
@@ -233,10 +239,23 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _shots_of_labels(self) -> RunConfig:
-        if self.data.shots is not None and not isinstance(self.task, ClassificationConfig):
+        one_label = isinstance(self.task, ClassificationConfig) or (
+            isinstance(self.task, LinearClassificationConfig) and not self.task.multi_label
+        )
+        if self.data.shots is not None and not one_label:
             raise ValueError(
                 f"data.shots draws records of each label, and the task is {self.task.type}; use data.limit instead"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_template_for_the_task(self) -> RunConfig:
+        if self.prompt.chat and isinstance(self.task, TaggingConfig):
+            raise ValueError(
+                "prompt.chat sets the template into a conversation that ends in an answer, and a tagging has none; "
+                "turn prompt.chat off"
+            )
+        check_task_template(self.task, Template.parse(self.prompt.template))
         return self
 
     @field_validator("model", mode="before")

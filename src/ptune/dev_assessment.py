@@ -29,6 +29,8 @@ def assess_dev(parts: Parts, *, batch_size: int) -> tuple[Assessment, str] | Non
     scores = task.all_scores(parts.prompted.backbone, records, batch_size)
     if not getattr(task.config, "fit_temperature", False):
         return task.assessment(scores, records), "no temperature: task.fit_temperature is off"
+    if task.answer_key != "label":
+        return task.assessment(scores, records), "no temperature: a record has several labels, or none"
     fitted = fit_temperature(scores, [task.target(record) for record in records])
     (temperature,) = broadcast_object_list([fitted.value])  # scores of processes may differ in their last digits
     assessment = task.with_temperature(temperature).assessment(scores, records)

@@ -18,7 +18,7 @@ from ptune.errors import DataError, SoftPromptError, did_you_mean
 from ptune.generation import Generated, GenerationOptions, generate
 from ptune.mixed_batches import answer_together
 from ptune.soft_prompt import SoftPrompt
-from ptune.tasks import Assessment, Task, task_for
+from ptune.tasks import Assessment, Tagging, Task, task_for
 from ptune.template import Template
 
 
@@ -104,6 +104,7 @@ class Engine:
             max_length=prompt.max_length,
             overlong=prompt.overlong,
             deep=prompt.deep is not None,
+            head=prompt.head,
             temperature=prompt.temperature,
         )
         self.remove(name)
@@ -118,7 +119,7 @@ class Engine:
     def predict(
         self, name: str | Sequence[str], records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
     ) -> list[dict[str, Any]]:
-        """Return the task's answer to each record, in order: label and probabilities, or text.
+        """Return the task's answer to each record, in order: label and probabilities, tags and spans, or text.
 
         Args:
             name: of a soft prompt for all records, or one for each of them: their rows then share batches.
@@ -169,6 +170,27 @@ class Engine:
                 f'the template of "{name}" has the fields {", ".join(fields)}; give records to predict()'
             )
         return self.predict(name, [{fields[0]: text} for text in texts], batch_size=batch_size)
+
+    def tag(self, name: str, texts: Sequence[str | Sequence[str]], *, batch_size: int = 32) -> list[dict[str, Any]]:
+        """Tag lists of words, or texts, which are split into words, with a soft prompt whose task is tagging.
+
+        Returns:
+            For each its ``tokens``, their ``tags`` and the ``spans`` of entities; see `Tagging.predict`.
+
+        Raises:
+            SoftPromptError: no such soft prompt, or it tags nothing, or its template has other fields: then use
+                `predict`.
+        """
+        if isinstance(texts, str):
+            raise DataError("tag() takes a list of texts or of lists of words, and got a single text; write [text]")
+        task, kind = self._get(name).task, self._get(name).prompt.task.type
+        if not isinstance(task, Tagging):
+            raise SoftPromptError(f'the task of "{name}" is {kind}, and tag() takes one of type tagging')
+        if len(task.renderer.template.fields) != 1:
+            fields = ", ".join(task.renderer.template.fields)
+            raise SoftPromptError(f'the template of "{name}" has the fields {fields}; give records to predict()')
+        words = [text if isinstance(text, str) else list(text) for text in texts]
+        return self.predict(name, [{task.config.tokens_field: one} for one in words], batch_size=batch_size)
 
     def generate(
         self,

@@ -15,7 +15,8 @@ from ptune.errors import DataError
 from ptune.settings import label_text
 from ptune.template import Field, Optional, Text
 
-_WITHOUT_BLANKS = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff00-\uffef]")
+WITHOUT_BLANKS = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff00-\uffef]")
+"""A character of a script that writes no blanks between words."""
 
 
 def filled(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:
@@ -69,8 +70,13 @@ def joined(words: Sequence[str]) -> str:
     """Return words as one text: with blanks between them, but not between two Chinese or Japanese ones."""
     text = ""
     for word in words:
-        text += word if not text or (_WITHOUT_BLANKS.match(text[-1]) and _WITHOUT_BLANKS.match(word)) else f" {word}"
+        text += gap(text, word) + word
     return text
+
+
+def gap(text: str, word: str) -> str:
+    """Return what stands between a text and a word that follows it: a blank, or nothing."""
+    return "" if not text or (WITHOUT_BLANKS.match(text[-1]) and WITHOUT_BLANKS.match(word)) else " "
 
 
 def location(record: Mapping[str, Any]) -> str:

@@ -1,6 +1,9 @@
 """Records of different soft prompts answered together: one batch holds rows of any of them.
 
-A virtual token is an id like any other, so nothing need be switched between rows; each is answered as if alone.
+A virtual token is an id like any other, so nothing need be switched between rows; each is answered as if alone. Rows of
+which logits are read, and rows of which hidden states are, go in batches of their own, as do those of each deep prompt,
+which stands before a whole batch.
+
 Knows tasks and backbones, and nothing of engines. Shapes: S places read, V rows of the backbone's input matrix.
 """
 
@@ -14,7 +17,7 @@ import torch
 from ptune.backbone import Backbone
 from ptune.generation import GenerationOptions, generate
 from ptune.tasks import Generation, Task
-from ptune.tasks.scoring import ScoringTask, logits_read
+from ptune.tasks.reading import ReadingTask, in_batches
 
 Question = tuple[Task, Mapping[str, Any]]
 """A record, and the task of the soft prompt that is to answer it."""
@@ -32,38 +35,37 @@ def answer_together(backbone: Backbone, questions: Sequence[Question], *, batch_
         DataError: a record lacks a field of its template.
         BackboneError: a context leaves no room for an answer.
     """
-    answers: list[dict[str, Any] | None] = [None] * len(questions)
-    scored = [n for n, (task, _) in enumerate(questions) if isinstance(task, ScoringTask)]
+    answers: dict[int, dict[str, Any]] = {}
+    for numbers in _read_alike(questions).values():
+        answers |= zip(numbers, _read(backbone, [questions[n] for n in numbers], batch_size), strict=True)
     written = [n for n, (task, _) in enumerate(questions) if isinstance(task, Generation)]
-    for numbers, given in (
-        (scored, _scored(backbone, [questions[n] for n in scored], batch_size)),
-        (written, _written(backbone, [questions[n] for n in written], batch_size)),
-    ):
-        for number, answer in zip(numbers, given, strict=True):
-            answers[number] = answer
-    return [answer for answer in answers if answer is not None]
+    answers |= zip(written, _written(backbone, [questions[n] for n in written], batch_size), strict=True)
+    return [answers[number] for number in range(len(questions))]
 
 
-def _scored(backbone: Backbone, questions: Sequence[Question], batch_size: int) -> Iterator[dict[str, Any]]:
-    tasks = [task for task, _ in questions if isinstance(task, ScoringTask)]
+def _read_alike(questions: Sequence[Question]) -> dict[tuple[bool, int | None], list[int]]:
+    """Return the numbers of questions that may share a pass."""
+    groups: dict[tuple[bool, int | None], list[int]] = {}
+    for number, (task, _) in enumerate(questions):
+        if isinstance(task, ReadingTask):
+            deep = task.renderer.first_virtual_id if task.renderer.deep else None
+            groups.setdefault((task.reads_states, deep), []).append(number)
+    return groups
+
+
+def _read(backbone: Backbone, questions: Sequence[Question], batch_size: int) -> list[dict[str, Any]]:
+    tasks = [task for task, _ in questions if isinstance(task, ReadingTask)]
     rows = [task.rows(record) for task, (_, record) in zip(tasks, questions, strict=True)]
-    order = sorted(range(len(rows)), key=lambda number: -max(len(row.ids) for row in rows[number]))
-    scores: dict[int, torch.Tensor] = {}
-    start = 0
+    answers: dict[int, dict[str, Any]] = {}
     with torch.no_grad():
-        while start < len(order):
-            end = start + 1  # as many as fit, and one at least
-            while end < len(order) and sum(len(rows[n]) for n in order[start : end + 1]) <= batch_size:
-                end += 1
-            together = order[start:end]
-            logits = logits_read(backbone, [row for n in together for row in rows[n]], backbone.tokenizer.pad_token_id)
+        for together in in_batches(rows, batch_size):
+            all_rows = [row for n in together for row in rows[n]]
+            read = tasks[0].read(backbone, all_rows, backbone.tokenizer.pad_token_id)  # [S, V] or [S, H]
             places = [sum(len(row.read_at) for row in rows[n]) for n in together]
-            for number, own in zip(together, logits.split(places), strict=True):
-                given = tasks[number].scores_of(own, [rows[number]]).float().cpu()
-                scores[number] = tasks[number].corrected(given, backbone)[0]
-            start = end
-    for number, (_, record) in enumerate(questions):
-        yield tasks[number].answer_from(record, scores[number])
+            for number, own in zip(together, read.split(places), strict=True):
+                record = questions[number][1]
+                answers[number] = tasks[number].answer_read(record, rows[number], own, backbone)
+    return [answers[number] for number in range(len(questions))]
 
 
 def _written(backbone: Backbone, questions: Sequence[Question], batch_size: int) -> Iterator[dict[str, Any]]:

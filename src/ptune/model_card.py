@@ -42,6 +42,8 @@ def model_card(name: str, description: Mapping[str, Any]) -> str:
     of_what = f"of width {width}"
     if deep := description.get("deep"):
         of_what = f"at each of {deep['layers']} layers (a deep prompt: {width} numbers of keys and values a token)"
+    if head := description.get("head"):
+        of_what += f" and a linear head of {head['outputs']} outputs"
     parts = [
         _front_matter(description),
         f"# {name}",

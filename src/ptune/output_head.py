@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ptune.losses import summed_linear_loss
+
+Wanted = Literal["logits", "head inputs", "final states"]
+"""What a forward pass is run for: logits; what the head reads, which may be a transform's output (BERT's, for one); or
+the hidden states of the last layer, before any such transform."""
 
 _PROBE_LOGIT = 1000.0
 """Size of the logits that a head is tried with: far beyond every soft cap, and within half precision's range."""
@@ -34,18 +39,23 @@ class OutputHead:
         self._matrix: Tensor | None = None
 
     @contextmanager
-    def at(self, positions: Tensor | None, *, withhold: bool = False) -> Iterator[list[Tensor]]:
+    def at(self, positions: Tensor | None, wanted: Wanted = "logits") -> Iterator[list[Tensor]]:
         """Let the head see only the hidden states at some positions, while the block runs one forward pass.
 
         The model applies its scale and soft cap after the head, to what the head gives, so nothing else need be known.
 
         Args:
             positions: ``[B, T]`` bool; None for all.
-            withhold: let the head see none at all, and take them away instead.
+            wanted: where it is no logits, let the head see no hidden states at all, and take them away instead.
 
         Returns:
-            A list, which then holds the hidden states at the positions, ``[N, H]``, where they are withheld.
+            A list, which then holds what is wanted at the positions, ``[N, H]``, where it is no logits.
         """
+        body = self._model.base_model
+        if wanted == "final states" and positions is not None and body is not self._model:
+            with _last_states(body, positions) as states:
+                yield states
+            return
         head = self._model.get_output_embeddings()
         taken: list[Tensor] = []
         if positions is None or head is None:
@@ -54,7 +64,7 @@ class OutputHead:
 
         def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             states = arguments[0][positions]  # [B, T, H] -> [N, H]
-            if withhold:
+            if wanted != "logits":
                 taken.append(states)
                 states = states[:0]
             return (states, *arguments[1:])
@@ -111,7 +121,7 @@ class OutputHead:
         """Return the logits of some words alone, ``[N, H] -> [N, C]``; the head must be plain.
 
         Args:
-            states: ``[N, H]``, as `at` withholds them.
+            states: ``[N, H]``, as `at` takes them away.
             columns: ``[C]`` int64, ids of the words.
         """
         assert self._tried is not None
@@ -123,3 +133,21 @@ class OutputHead:
         """Return the summed cross-entropy of hidden states ``[N, H]`` for labels ``[N]``; the head must be plain."""
         assert self._tried is not None
         return summed_linear_loss(states, self._tried.weight, self._tried.bias, labels.to(states.device))
+
+
+@contextmanager
+def _last_states(body: nn.Module, positions: Tensor) -> Iterator[list[Tensor]]:
+    """Take the last layer's hidden states at positions ``[B, T]`` from the model below the head, and leave it none."""
+    taken: list[Tensor] = []
+
+    def take(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
+        states = output.last_hidden_state
+        taken.append(states[positions.to(states.device)])  # [B, T, H] -> [N, H]
+        output.last_hidden_state = states[:, :0]
+        return output
+
+    hook = body.register_forward_hook(take)
+    try:
+        yield taken
+    finally:
+        hook.remove()

@@ -28,6 +28,7 @@ from transformers import DynamicCache
 
 from ptune.context_cache import ContextCache
 from ptune.keys_and_values import new_cache, padded, read_cache, stacked
+from ptune.output_head import Wanted
 from ptune.packed_attention import Packing
 
 PlanName = Literal["reference", "shared prefix", "packed rows", "frozen context"]
@@ -53,7 +54,7 @@ class Run(Protocol):
         past: DynamicCache | None = None,
         *,
         keep: bool = False,
-        states: bool = False,
+        wanted: Wanted = "logits",
         packing: Packing | None = None,
     ) -> tuple[Tensor, DynamicCache | None]:
         """Return logits ``[N, V]``, or hidden states ``[N, H]``, and, if they are to be kept, keys and values.
@@ -64,7 +65,7 @@ class Run(Protocol):
             positions: ``[B, T]`` bool.
             past: keys and values of what stands before.
             keep: whether keys and values are wanted.
-            states: whether the hidden states that the head would read are wanted in place of logits.
+            wanted: hidden states ``[N, H]``, where it is no logits.
             packing: where rows begin that stand one behind another in one; None where each has its own.
         """
 
@@ -96,16 +97,18 @@ class Plans:
         self.last: PlanName = "reference"
         self.why = "nothing has run yet"
 
-    def outputs(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, *, states: bool = False) -> Tensor:
+    def outputs(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, wanted: Wanted = "logits"
+    ) -> Tensor:
         """Return the logits after positions, ``[N, V]``, by the cheapest plan that gives them.
 
         Args:
             input_ids: ``[B, T]`` int64.
             attention_mask: ``[B, T]`` int64.
             positions: ``[B, T]`` bool.
-            states: return the hidden states that the head would read, ``[N, H]``, in place of logits.
+            wanted: hidden states ``[N, H]`` in place of logits, where it says so.
         """
-        run = functools.partial(self._run, states=states)
+        run = functools.partial(self._run, wanted=wanted)
         prefix = shared_prefix_length(input_ids, attention_mask, self._vocabulary_size)
         shared = prefix - 1 if len(input_ids) > 1 and prefix > 1 and not bool(positions[:, : prefix - 1].any()) else 0
         real = not bool(

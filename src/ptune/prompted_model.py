@@ -1,4 +1,4 @@
-"""Encoder, table of virtual tokens and backbone as one model: what is trained.
+"""Encoder, linear head, table of virtual tokens and backbone as one model: what is trained.
 
 The encoder runs once a forward in training (a fresh dropout mask each time), and once in eval mode for evaluation,
 generation and the file, which share that very tensor: an MLP over many rows is not bit for bit the MLP over one.
@@ -20,18 +20,22 @@ from ptune.deep_encoder import DeepEncoder
 from ptune.encoder import PromptEncoder
 from ptune.errors import BackboneError
 from ptune.families import CAUSAL
+from ptune.linear_head import LinearHead
 from ptune.losses import at_least_float32
 
 
 class PromptedModel(nn.Module):
     """A frozen backbone that knows P virtual tokens, given by a prompt encoder.
 
-    The backbone is held, not registered: ``parameters()``, ``state_dict()`` and ``train()`` concern the encoder alone.
+    The backbone is held, not registered: ``parameters()``, ``state_dict()`` and ``train()`` concern encoder and linear
+    head alone. A task applies the head itself, to what `forward` returns for ``states``.
+
     Virtual token k has the id ``first_virtual_id + k``. Use as a context manager, or ``close()`` it, to leave the
     backbone as it was.
 
     Attributes:
         encoder: what is trained.
+        head: what is trained beside it, where the task wants one; None for none.
         deep: how keys and values lie in the rows of a deep prompt; None for virtual tokens at the input.
         first_virtual_id: of the first virtual token.
         num_virtual_tokens: P.
@@ -41,6 +45,7 @@ class PromptedModel(nn.Module):
         super().__init__()
         self.deep = encoder.shape if isinstance(encoder, DeepEncoder) else None
         self.encoder = encoder.to(backbone.device)
+        self.head: LinearHead | None = None
         self._held = (backbone,)  # in a tuple, for nn.Module would register its modules
         self._rows: Tensor | None = None
         self._weights_of_rows: list[tuple[int, int]] = []
@@ -91,12 +96,15 @@ class PromptedModel(nn.Module):
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         columns: Tensor | None = None,
+        states: bool = False,
     ) -> Tensor:
         """Run the backbone with the present virtual tokens: the interface and results of `Backbone.__call__`."""
         rows = self.rows()
         self.use(rows)
         try:
-            return self.backbone(input_ids, attention_mask, labels=labels, positions=positions, columns=columns)
+            return self.backbone(
+                input_ids, attention_mask, labels=labels, positions=positions, columns=columns, states=states
+            )
         finally:
             # Else the backward pass of another prompted model on this backbone would go through the graph of this
             # one's rows, which is freed by then.

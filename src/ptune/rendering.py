@@ -94,7 +94,7 @@ class Renderer:
     def __post_init__(self) -> None:
         if self.first_virtual_id < 0:
             object.__setattr__(self, "first_virtual_id", self.vocabulary_size)
-        if not (self.kind.answers_anywhere or self.template.ends_with_answer):
+        if self.template.has_answer and not (self.kind.answers_anywhere or self.template.ends_with_answer):
             raise TemplateError(
                 f"{{answer}} ends a template, for {self.kind.words} reads from left to right, and more follows in "
                 f"{self.template.source!r}"
@@ -214,8 +214,15 @@ class Renderer:
             DataError: as `context`; or the answer is too long and `overlong` is ``error``.
             TemplateError: as `context`.
         """
+        return self.row_of_ids(record, self.answer_ids(answer, end=end))
+
+    def row_of_ids(self, record: Mapping[str, Any], answer_ids: Sequence[int]) -> Row | None:
+        """Return what `row` does, for an answer that is ids already.
+
+        Raises:
+            DataError, TemplateError: as `row`.
+        """
         values = self._values(record)
-        answer_ids = self.answer_ids(answer, end=end)
         whole = self._ids(values)
         limit = self.limit
         if limit is None or self._text_length(whole) + len(answer_ids) <= limit:
@@ -276,15 +283,8 @@ class Renderer:
         labels_kept = (*[IGNORED] * len(virtual), *labels[:room])
         return Row((*virtual, *ids[:room]), labels_kept, cut=max(0, len(ids) - room))
 
-    def preview(self, record: Mapping[str, Any], answer: str, *, end: bool = True) -> list[Segment]:
-        """Return a record as it will be read by the model, decoded back, for people to look at; empty where dropped.
-
-        Raises:
-            DataError, TemplateError: as `row`.
-        """
-        row = self.row(record, answer, end=end)
-        if row is None:
-            return []
+    def preview(self, row: Row) -> list[Segment]:
+        """Return a row as it will be read by the model, decoded back, for people to look at."""
         pairs = groupby(zip(row.ids, row.labels, strict=True), key=lambda pair: self._kind(*pair))
         return [Segment(kind, self._decode(kind, [token for token, _ in run])) for kind, run in pairs]
 

@@ -3,7 +3,7 @@
 No shape or setting is ever given at load, and nothing is unpickled; a folder that does not hold what it should is
 refused with what is wrong. The files and their order are those of `soft_prompt_files`.
 
-Knows nothing of training or serving. Shapes: P virtual tokens, H width, W as in `keys_and_values`.
+Knows nothing of training or serving. Shapes: P virtual tokens, H width, W as in `keys_and_values`, C outputs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from ptune.deep_start import check_shape
 from ptune.errors import SoftPromptError, TemplateError
 from ptune.families import ENCODER_DECODER, MASKED
 from ptune.keys_and_values import KeyValueShape
+from ptune.linear_head import LinearHead, head_from, head_tensors
 from ptune.model_card import write_model_card
 from ptune.peft_format import key_value_shape, read_peft_adapter, remove_peft_adapter, write_peft_adapter
 from ptune.soft_prompt_files import (
     BackboneEntry,
     Description,
     Fingerprint,
+    HeadEntry,
     Overlong,
     TensorsEntry,
     begin_save,
@@ -36,7 +38,7 @@ from ptune.soft_prompt_files import (
     end_save,
     read_soft_prompt,
 )
-from ptune.task_config import TaskConfig
+from ptune.task_config import TaskConfig, check_task_template, head_outputs
 from ptune.tasks import default_overlong
 from ptune.template import Template, Virtual
 
@@ -55,6 +57,7 @@ class SoftPrompt:
         backbone_name: what the user called the backbone.
         fingerprint: `Backbone.fingerprint` of the backbone.
         deep: how keys and values lie in the rows ``[P, W]`` of a deep prompt; None for virtual tokens at the input.
+        head: the linear head ``[C, H]`` of a task that has one, a frozen copy on the CPU; None for others.
         temperature: that a label's scores are divided by before they become probabilities; None for none.
         summary: of the run, JSON values; see `ptune.summary`.
     """
@@ -68,6 +71,7 @@ class SoftPrompt:
     max_length: int | None = None
     encoder: EncoderConfig | None = None
     deep: KeyValueShape | None = None
+    head: LinearHead | None = None
     temperature: float | None = None
     summary: dict[str, Any] = field(default_factory=dict)
 
@@ -75,12 +79,14 @@ class SoftPrompt:
         """Check the rows against the template.
 
         Raises:
-            SoftPromptError: the template has none or another number of virtual tokens, rows are not finite, or the
-                temperature is not above 0.
-            TemplateError: the template cannot be parsed, or has words before the virtual tokens of a deep prompt.
+            SoftPromptError: the template has none or another number of virtual tokens, rows or head are not finite, the
+                head is not the task's, or the temperature is not above 0.
+            TemplateError: the template cannot be parsed, lacks what the task needs, or has words before the virtual
+                tokens of a deep prompt.
         """
         rows = self.rows.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
         template = Template.parse(self.template)
+        check_task_template(self.task, template)
         expected = template.num_virtual_tokens
         if expected == 0:
             raise SoftPromptError(
@@ -109,6 +115,23 @@ class SoftPrompt:
                 "train again with a lower learning rate"
             )
         object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "head", self._checked_head())
+
+    def _checked_head(self) -> LinearHead | None:
+        outputs, tensors = head_outputs(self.task), head_tensors(self.head)
+        found = None if self.head is None else len(self.head.bias)
+        if found != (None if outputs is None else len(outputs)):
+            wanted = "no linear head" if outputs is None else f"a linear head of {len(outputs)} outputs"
+            raise SoftPromptError(
+                f"a task of type {self.task.type} has {wanted}, and the one given has {found or 'none'}; give the head "
+                "that was trained with it"
+            )
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise SoftPromptError(
+                "the linear head holds a value that is infinite or not a number; the run diverged, so train again with "
+                "a lower learning rate"
+            )
+        return head_from(tensors)
 
     @property
     def input_rows(self) -> Tensor:
@@ -128,9 +151,10 @@ class SoftPrompt:
     def fits_peft(self) -> bool:
         """Whether PEFT can run it: all virtual tokens stand, in one run, before everything else.
 
-        PEFT has P-tuning for causal and for encoder-decoder models, and no task that a masked model's answer fits.
+        PEFT has P-tuning for causal and for encoder-decoder models, no task that a masked model's answer fits, and no
+        place for a linear head.
         """
-        if self.fingerprint.get("kind") == MASKED.name:
+        if self.fingerprint.get("kind") == MASKED.name or self.head is not None:
             return False
         pieces = Template.parse(self.template).pieces
         runs = [place for place, piece in enumerate(pieces) if isinstance(piece, Virtual)]
@@ -145,7 +169,7 @@ class SoftPrompt:
             OutputError: the folder cannot be written, or the summary holds what JSON has no form for.
         """
         folder = Path(folder)
-        sha256 = begin_save(folder, self.rows, self.deep)
+        sha256 = begin_save(folder, self.rows, self.deep, self.head)
         if self.fits_peft:
             config = self.fingerprint["config"]
             write_peft_adapter(
@@ -170,7 +194,7 @@ class SoftPrompt:
             SoftPromptError: no such folder, no soft prompt in it, written by a newer ptune, altered or cut short, or
                 its files do not fit each other.
         """
-        rows, description = read_soft_prompt(Path(folder))
+        rows, head, description = read_soft_prompt(Path(folder))
         try:
             return cls(
                 rows=rows,
@@ -182,6 +206,7 @@ class SoftPrompt:
                 max_length=description.max_length,
                 encoder=description.encoder,
                 deep=description.deep,
+                head=head,
                 temperature=description.temperature,
                 summary=description.summary,
             )
@@ -224,6 +249,7 @@ class SoftPrompt:
             "virtual_tokens": self.rows.shape[0],
             "width": self.rows.shape[1],
             "deep": None if self.deep is None else asdict(self.deep),
+            "head": None if (head := self._head_entry()) is None else head.model_dump(),
             "norms": {"least": float(norms.min()), "mean": float(norms.mean()), "greatest": float(norms.max())},
             "max_length": self.max_length,
             "overlong": self.overlong,
@@ -234,6 +260,12 @@ class SoftPrompt:
             "loads_in_peft": self.fits_peft,
             "summary": self.summary,
         }
+
+    def _head_entry(self) -> HeadEntry | None:
+        if self.head is None:
+            return None
+        outputs, width = self.head.weight.shape
+        return HeadEntry(outputs=outputs, width=width)
 
     def _description(self, sha256: str) -> Description:
         return Description(
@@ -246,6 +278,7 @@ class SoftPrompt:
             backbone=BackboneEntry(name=self.backbone_name, fingerprint=Fingerprint(**self.fingerprint)),
             virtual_tokens=TensorsEntry(count=self.rows.shape[0], width=self.rows.shape[1], sha256=sha256),
             deep=self.deep,
+            head=self._head_entry(),
             temperature=self.temperature,
             summary=self.summary,
         )

@@ -1,6 +1,6 @@
 """The files of a soft prompt: what stands in ``ptune.json``, and how a folder stays whole while it is saved anew.
 
-    soft_prompt.safetensors   the virtual tokens, or a deep prompt's keys and values, written first
+    soft_prompt.safetensors   the virtual tokens, or a deep prompt's keys and values, and a linear head, written first
     adapter_*, README.md      PEFT's own pair where it fits, and a model card
     ptune.json                everything else and the SHA-256 of the tensors, written last: the save is complete
 
@@ -27,6 +27,7 @@ from ptune.config import EncoderConfig
 from ptune.errors import OutputError, SoftPromptError, did_you_mean
 from ptune.files import read_json, read_tensors, tensors_hash, write_atomically, write_json, write_tensors
 from ptune.keys_and_values import KeyValueShape
+from ptune.linear_head import LinearHead, head_from, head_tensors
 from ptune.model_card import CARD
 from ptune.peft_format import ADAPTER_CONFIG, ADAPTER_TENSORS
 from ptune.settings import Settings
@@ -69,6 +70,13 @@ class TensorsEntry(Settings):
     sha256: str
 
 
+class HeadEntry(Settings):
+    """Of which shape the linear head is: C outputs, and H."""
+
+    outputs: int
+    width: int
+
+
 class Description(Settings):
     """What ``ptune.json`` holds."""
 
@@ -81,6 +89,7 @@ class Description(Settings):
     backbone: BackboneEntry
     virtual_tokens: TensorsEntry
     deep: KeyValueShape | None = None
+    head: HeadEntry | None = None
     temperature: float | None = Field(None, gt=0, allow_inf_nan=False)
     summary: dict[str, Any]
 
@@ -97,8 +106,8 @@ def encoder_values(encoder: EncoderConfig | None) -> dict[str, Any] | None:
     return {"type": "embedding"} if encoder.type == "embedding" else encoder.model_dump(mode="json")
 
 
-def begin_save(folder: Path, rows: Tensor, deep: KeyValueShape | None = None) -> str:
-    """Write the virtual tokens ``[P, H]``, or keys and values ``[P, W]``, and return their file's SHA-256.
+def begin_save(folder: Path, rows: Tensor, deep: KeyValueShape | None = None, head: LinearHead | None = None) -> str:
+    """Write the virtual tokens ``[P, H]``, or keys and values ``[P, W]``, and the head; return their file's SHA-256.
 
     `end_save` makes them count.
 
@@ -108,7 +117,7 @@ def begin_save(folder: Path, rows: Tensor, deep: KeyValueShape | None = None) ->
     with contextlib.suppress(SoftPromptError):  # there is nothing yet that would load
         if tensors_hash(folder / TENSORS) == read_description(folder).virtual_tokens.sha256:
             write_atomically(folder / _PREVIOUS, lambda temporary: _copy(folder / TENSORS, temporary))
-    write_tensors(folder / TENSORS, {_DEEP_KEY if deep else _KEY: rows}, {"format": "pt"})
+    write_tensors(folder / TENSORS, {_DEEP_KEY if deep else _KEY: rows} | head_tensors(head), {"format": "pt"})
     return tensors_hash(folder / TENSORS)
 
 
@@ -128,8 +137,8 @@ def end_save(folder: Path, description: Description) -> None:
     (folder / _PREVIOUS).unlink(missing_ok=True)
 
 
-def read_soft_prompt(folder: Path) -> tuple[Tensor, Description]:
-    """Return the virtual tokens as they are stored and what belongs to them.
+def read_soft_prompt(folder: Path) -> tuple[Tensor, LinearHead | None, Description]:
+    """Return the virtual tokens as they are stored, the linear head if there is one, and what belongs to them.
 
     Raises:
         SoftPromptError: no such folder, no soft prompt in it, written by a newer ptune, or altered or cut short.
@@ -138,7 +147,7 @@ def read_soft_prompt(folder: Path) -> tuple[Tensor, Description]:
         description = read_description(folder)
         tensors = _tensors_of(folder, description)
         if tensors is not None:
-            return _rows_of(folder, tensors, description), description
+            return _rows_of(folder, tensors, description), head_from(tensors), description
     path = folder / TENSORS
     if not path.is_file():
         raise SoftPromptError(f'"{folder}" is damaged: it has no {TENSORS}; copy the folder again')
@@ -230,12 +239,15 @@ def _tensors_of(folder: Path, description: Description) -> dict[str, Tensor] | N
 
 def _rows_of(folder: Path, tensors: dict[str, Tensor], description: Description) -> Tensor:
     key, entry = _DEEP_KEY if description.deep else _KEY, description.virtual_tokens
+    expected = {key: [entry.count, entry.width]}
+    if (head := description.head) is not None:
+        expected |= {"head.weight": [head.outputs, head.width], "head.bias": [head.outputs]}
     found = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
-    if found != {key: [entry.count, entry.width]}:
-        listed = ", ".join(f"{name} {shape}" for name, shape in found.items()) or "none"
+    if found != expected:
+        wanted, listed = (", ".join(f"{name} {shape}" for name, shape in all.items()) for all in (expected, found))
         raise SoftPromptError(
-            f'"{folder / TENSORS}" expected one tensor {key} [{entry.count}, {entry.width}] and holds {listed}; '
-            "copy the soft prompt's folder again"
+            f'"{folder / TENSORS}" expected {"the tensors" if head else "one tensor"} {wanted} and holds '
+            f"{listed or 'none'}; copy the soft prompt's folder again"
         )
     return tensors[key]
 

@@ -3,7 +3,7 @@ r"""The grammar of templates: where virtual tokens, a record's fields and the an
     [P*10]        ten virtual tokens; [P] is one. Any number of runs, anywhere
     {field}       the field's text, stripped of surrounding blanks
     [?...{f}...]  a piece that disappears when its fields are empty
-    {answer}      what is learnt: at the end, or for a masked model anywhere
+    {answer}      what is learnt: at the end, or for a masked model anywhere; a task that reads its words has none
     [bos]         the tokenizer's first token, where the template wants it elsewhere than is usual
     [[ ]] {{ }}   the brackets themselves
     \n \t \\      a new line, a tab and a backslash, so that a template fits on one line of YAML
@@ -97,13 +97,14 @@ class Template:
         """Parse a template.
 
         Raises:
-            TemplateError: something cannot be read, or the answer is missing or there twice; names the place.
+            TemplateError: something cannot be read, or the answer is there twice; names the place.
         """
         pieces = _Parser(source).pieces()
         answers = sum(isinstance(piece, Answer) for piece in pieces)
-        if answers != 1:
-            found = f"are {answers} of them" if answers else "is none"
-            raise TemplateError(f"a template has one {{answer}}, and there {found} in {source!r}; put it at the end")
+        if answers > 1:
+            raise TemplateError(
+                f"a template has one {{answer}}, and there are {answers} of them in {source!r}; put it at the end"
+            )
         if sum(isinstance(piece, Bos) for piece in pieces) > 1:
             raise TemplateError(f"[bos] stands once in a template, and twice in {source!r}; leave one out")
         return cls(source, tuple(pieces))
@@ -130,9 +131,18 @@ class Template:
         return bool(self.pieces) and isinstance(self.pieces[0], Virtual)
 
     @property
+    def has_answer(self) -> bool:
+        """Whether the answer has a place."""
+        return Answer() in self.pieces
+
+    @property
     def ends_with_answer(self) -> bool:
         """Whether nothing follows the answer: what a model that reads from left to right needs."""
-        return isinstance(self.pieces[-1], Answer)
+        return bool(self.pieces) and isinstance(self.pieces[-1], Answer)
+
+    def with_answer_for(self, field: str) -> Template:
+        """Return the template whose answer stands where a field stood."""
+        return Template(self.source, tuple(Answer() if piece == Field(field) else piece for piece in self.pieces))
 
     def without_virtual_tokens(self) -> Template:
         """Return the same words without virtual tokens: how the bare model would be asked."""

@@ -32,6 +32,7 @@ from ptune.config import RunConfig, TrainingConfig
 from ptune.data import Record
 from ptune.dev_assessment import assess_dev
 from ptune.errors import ConfigError, MissingExtraError, TrainingError
+from ptune.linear_head import head_from, head_tensors
 from ptune.reporting import Reporter
 from ptune.run_folder import RunFolder
 from ptune.soft_prompt import SoftPrompt
@@ -89,7 +90,7 @@ def train(
                 accelerator.wait_for_everyone()
                 if config.training.trackers:
                     accelerator.init_trackers(folder.path.name)
-                return _Run(config, parts, accelerator, folder, reporter).finish()
+                return _Run(parts.config, parts, accelerator, folder, reporter).finish()
         finally:
             set_random_state(before)
 
@@ -107,7 +108,7 @@ class _Run:
         if self.settings.gradient_checkpointing:
             self.prompted.backbone.enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
-            self.prompted.encoder.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+            self.prompted.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
         self.prompted.backbone.plan = self.settings.plan
         self.model, self.optimizer = accelerator.prepare(self.prompted, optimizer)
@@ -115,7 +116,7 @@ class _Run:
         self.tokens = [length * len(example.rows) for length, example in zip(lengths, parts.train, strict=True)]
         self.schedule = StepPlan(lengths, self.settings, accelerator.num_processes)
         self.progress = Progress()
-        self.best_rows: Tensor | None = None
+        self.best: dict[str, Tensor] = {}
         self.random_state = random_state()
         self.plans_told: set[str] = set()
         if folder.checkpoint.exists():
@@ -124,8 +125,8 @@ class _Run:
         accelerator.wait_for_everyone()  # else the first to go on writes a checkpoint that another takes for an old one
 
     def _resume(self) -> None:
-        self.progress, self.best_rows, self.random_state = load_checkpoint(
-            self.folder.checkpoint, encoder=self.prompted.encoder, optimizer=self._bare_optimizer
+        self.progress, self.best, self.random_state = load_checkpoint(
+            self.folder.checkpoint, trained=self.prompted, optimizer=self._bare_optimizer
         )
 
     @property
@@ -211,8 +212,9 @@ class _Run:
             self._tell_plan()
             total += loss.detach().float() * share / processes
         mean = float(self.accelerator.reduce(total, "sum"))
-        norm = float(self.accelerator.clip_grad_norm_(self.prompted.encoder.parameters(), self.settings.max_grad_norm))
-        self._check(step, mean, norm)
+        reached = step > 0 or any(bool(p.grad.any()) for p in self.prompted.encoder.parameters() if p.grad is not None)
+        norm = float(self.accelerator.clip_grad_norm_(self.prompted.parameters(), self.settings.max_grad_norm))
+        self._check(step, mean, norm, reached)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return mean
@@ -223,13 +225,13 @@ class _Run:
             self.plans_told.add(plans.last)
             self.reporter.planned(plans.last, plans.why)
 
-    def _check(self, step: int, loss: float, gradient_norm: float) -> None:
+    def _check(self, step: int, loss: float, gradient_norm: float, reached: bool) -> None:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise TrainingError(
                 f"at step {step + 1} the loss is {loss} and its gradient {gradient_norm}: lower training.learning_rate "
                 f"(now {self.settings.learning_rate:g}), or use model.dtype float32 or bfloat16 if it is float16"
             )
-        if step == 0 and gradient_norm == 0.0:
+        if not reached:
             raise TrainingError(
                 "no gradient reaches the virtual tokens at the first step; the loss does not depend on them"
             )
@@ -244,7 +246,7 @@ class _Run:
         progress = self.progress
         if progress.best_metric is None or sign * value > sign * progress.best_metric:
             progress.best_metric, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
-            self.best_rows = self.prompted.rows().cpu().clone()
+            self.best = {"rows": self.prompted.rows().cpu().clone()} | head_tensors(self.prompted.head)
         else:
             progress.evaluations_without_gain += 1
         progress.history.append({"step": progress.step, **metrics})
@@ -274,10 +276,10 @@ class _Run:
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.folder.checkpoint,
-                encoder=self.prompted.encoder,
+                trained=self.prompted,
                 optimizer=self._bare_optimizer,
                 progress=self.progress,
-                best_rows=self.best_rows,
+                best=self.best,
                 random_state=self.random_state,
             )
         self.accelerator.wait_for_everyone()
@@ -288,12 +290,12 @@ class _Run:
             self.accelerator.log(values, step=self.progress.step)
 
     def _save(self) -> SoftPrompt:
-        assert self.best_rows is not None  # there is an evaluation before the first step
-        rows = self.best_rows
-        self.prompted.use(rows)
+        self.prompted.use(self.best["rows"])  # there is an evaluation before the first step
+        self.task.head = head_from(self.best, self.prompted.backbone.device)
         assessed = assess_dev(self.parts, batch_size=2 * self.settings.batch_size)
         prompt = SoftPrompt(
-            rows=rows,
+            rows=self.best["rows"],
+            head=self.task.head,
             deep=self.prompted.deep,
             temperature=assessed and assessed[0].temperature,
             template=self.task.renderer.template.source,

@@ -53,28 +53,32 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
 
     quiet()
     from rich.console import Console
+    from rich.markup import escape
     from rich.text import Text
 
     from ptune.assembly import build_task, read_records, template_for
     from ptune.backbone import Backbone
+    from ptune.task_config import head_outputs
+    from ptune.tasks import completed
 
     backbone = Backbone.load(settings.model)
     template = template_for(settings, backbone)
-    task = build_task(settings, template, backbone)
     console = Console(highlight=False, soft_wrap=True)
     train, _ = read_records(settings, template)
-    end = settings.task.type == "generation"  # other tasks score their answers without the token that ends a text
+    settings = settings.model_copy(update={"task": completed(settings.task, train)})
+    task = build_task(settings, template, backbone)
     for record in train[:count]:
-        text = Text()
-        for segment in task.renderer.preview(record, task.answer(record), end=end):
+        text, row = Text(), task.shown(record)
+        for segment in task.renderer.preview(row) if row is not None else ():
             marked = segment.kind == "answer" and not console.is_terminal  # a file shows no colours
             text.append(f">>{segment.text}<<" if marked else segment.text, style=_COLOURS[segment.kind])
-        row = task.renderer.row(record, task.answer(record), end=end)
         console.rule(f"[dim]{getattr(record, 'location', '')}", align="left")
         console.print(text)
         if row is not None:
             supervised = sum(label >= 0 for label in row.labels)
             console.print(f"[dim]{len(row.ids)} tokens, {supervised} supervised{', cut' if row.cut else ''}[/]")
+        if head_outputs(settings.task) is not None:  # what is right stands nowhere in the row
+            console.print(f"[dim]right: {escape(task.answer(record))}[/]")
 
 
 def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -86,6 +90,10 @@ def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "task", task["type"]
     if "verbalizer" in task:
         yield "labels", ", ".join(f"{label} {words!r}" for label, words in task["verbalizer"].items())
+    if head := described["head"]:
+        outputs = task.get("labels") or task["tags"]
+        yield "tags" if "tags" in task else "labels", ", ".join(outputs)
+        yield "linear head", f"{head['outputs']} outputs, read from hidden states of width {head['width']}"
     yield "backbone", described["backbone"]
     yield (
         "virtual tokens",
@@ -116,7 +124,8 @@ def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "imported", ", ".join(f"{name} {value}" for name, value in summary["imported"].items() if value)
     if "date" in summary:
         yield "date", summary["date"]
-    yield "loads in PEFT", "yes" if described["loads_in_peft"] else "no"
+    why_not = ", for PEFT's adapter of a soft prompt has no place for its linear head" if described["head"] else ""
+    yield "loads in PEFT", "yes" if described["loads_in_peft"] else f"no{why_not}"
 
 
 def _if_known(values: dict[str, Any], sentence: str) -> str:

@@ -19,7 +19,8 @@ from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
 from ptune.tasks import Assessment
 
-_PERCENT = {"accuracy", "macro_f1", "micro_f1", "exact_match", "prediction_share", "rouge_l"}
+_PERCENT = {"accuracy", "macro_f1", "micro_f1", "exact_match", "prediction_share", "rouge_l", "token_accuracy"}
+_PERCENT |= {"entity_f1", "entity_precision", "entity_recall"}
 _HIDDEN = {"prediction_share", "majority_share"}
 
 
@@ -47,12 +48,14 @@ class ProgressReporter(Reporter):
         """Say what will be trained on what, and show the bar."""
         self._config, self._fields = config, parts.task.renderer.template.fields[:2]
         prompted, backbone = parts.prompted, parts.prompted.backbone
-        trained = sum(parameter.numel() for parameter in prompted.encoder.parameters())
+        trained = sum(parameter.numel() for parameter in prompted.parameters())
         total = sum(parameter.numel() for parameter in backbone.model.parameters())
+        outputs = 0 if prompted.head is None else len(prompted.head.bias)
+        head = f" and a linear head of {outputs} outputs" if outputs else ""
         self.console.print(
             f"[bold]{escape(config.model.name)}[/] {total:,} parameters, all frozen; "
             f"trained: {trained:,} ({100 * trained / (trained + total):.2f}%) "
-            f"for {prompted.num_virtual_tokens} virtual tokens"
+            f"for {prompted.num_virtual_tokens} virtual tokens{head}"
         )
         notes = [f"{parts.cut} cut to max_length"] if parts.cut else []
         notes += [f"{parts.dropped} left out as too long"] if parts.dropped else []
@@ -90,10 +93,7 @@ class ProgressReporter(Reporter):
         """Print records with their answers, a line each."""
         for record, answer in zip(records, answers, strict=True):
             asked = " | ".join(shorten(text, 50) for name in self._fields if (text := field_text(record, name)))
-            shown = (
-                answer["label"] + f" {answer['probability']:.0%}" if "label" in answer else shorten(answer["text"], 60)
-            )
-            self.console.print(f"             [dim]{escape(asked)}[/] -> {escape(shown)}")
+            self.console.print(f"             [dim]{escape(asked)}[/] -> {escape(shorten(shown(answer), 60))}")
 
     def warned(self, sentence: str) -> None:
         """Print a warning."""
@@ -142,6 +142,15 @@ class ProgressReporter(Reporter):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+def shown(answer: Mapping[str, Any]) -> str:
+    """Return what a task answered, for people: a label, labels, entities or text."""
+    if "spans" in answer:
+        return ", ".join(f"{span['text']} ({span['type']})" for span in answer["spans"]) or "no entity"
+    if "labels" in answer:
+        return ", ".join(f"{label} {answer['probabilities'][label]:.0%}" for label in answer["labels"]) or "no label"
+    return f"{answer['label']} {answer['probability']:.0%}" if "label" in answer else answer["text"]
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:

@@ -112,6 +112,12 @@ def merge_prompts(
             f"a prompt of a model of kind {kind} cannot be merged, for a merged model is one that engines let chat; "
             "use it in ptune's own engine"
         )
+    for name, prompt in named.items():
+        if prompt.head is not None:
+            raise SoftPromptError(
+                f'"{name}" has a linear head, for which a merged model has no place: engines give tokens, and no '
+                "hidden states; use it in ptune's own engine"
+            )
     if isinstance(backbone, Backbone):
         source = source_folder(backbone.name)
     else:

@@ -20,7 +20,7 @@ from ptune.generation import Generated, GenerationOptions, generate
 from ptune.serve.contexts import context_of
 from ptune.serve.prompts import Served
 from ptune.serve.refusals import RefusedError
-from ptune.tasks import Generation
+from ptune.tasks import Generation, Task
 from ptune.tasks.scoring import ScoringTask
 
 
@@ -91,6 +91,17 @@ class Job(ABC):
         """Answer prepared jobs together."""
 
 
+def _check_served(task: Task | None) -> None:
+    """See that a task's answers have a form that the server gives."""
+    if task is not None and task.answer_key not in ("label", "text"):
+        raise RefusedError(
+            400,
+            f"this soft prompt's answers are {task.answer_key}, and this server gives labels, one a record, or text; "
+            "use `ptune predict`",
+            param="model",
+        )
+
+
 class Scoring(Job):
     """Records for one soft prompt that takes the likeliest answer."""
 
@@ -106,6 +117,7 @@ class Scoring(Job):
     def prepare(self, engine: Engine, loaded: LoadedPrompt | None) -> None:
         """Render the records."""
         task = None if loaded is None else loaded.task
+        _check_served(task)
         if loaded is None or not isinstance(task, ScoringTask):
             raise RefusedError(
                 400, "this model writes text; ask /v1/chat/completions or /v1/completions", param="model"
@@ -166,6 +178,7 @@ class Writing(Job):
     def prepare(self, engine: Engine, loaded: LoadedPrompt | None) -> None:
         """Render the context, and see how much room it leaves."""
         task = None if loaded is None else loaded.task
+        _check_served(task)
         if task is not None and not isinstance(task, Generation):
             raise RefusedError(400, "this soft prompt chooses among answers; ask /v1/classify", param="model")
         usual = GenerationOptions().max_new_tokens if task is None else task.config.max_new_tokens

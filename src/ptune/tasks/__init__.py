@@ -1,15 +1,28 @@
-"""The tasks: classification, choice and generation. Adding one touches its own file and the registry below."""
+"""The tasks, each in a file of its own. Adding one touches that file, its settings and the registry below."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 from ptune.backbone import Backbone
+from ptune.linear_head import LinearHead, head_from, head_tensors
 from ptune.rendering import Overlong, Renderer
 from ptune.settings import Settings
-from ptune.task_config import ChoiceConfig, ClassificationConfig, GenerationConfig
+from ptune.task_config import (
+    ChoiceConfig,
+    ClassificationConfig,
+    GenerationConfig,
+    LinearClassificationConfig,
+    TaggingConfig,
+    check_task_template,
+)
 from ptune.tasks.choice import Choice
 from ptune.tasks.classification import Classification
 from ptune.tasks.generation import Generation
+from ptune.tasks.linear_classification import LinearClassification, learnt_labels, linear_classification
 from ptune.tasks.scoring import ScoringTask
+from ptune.tasks.tagging import Tagging, learnt_tags
 from ptune.tasks.task import Assessment, Example, Forward, Task
 from ptune.template import Template
 
@@ -20,16 +33,21 @@ __all__ = [
     "Example",
     "Forward",
     "Generation",
+    "LinearClassification",
     "ScoringTask",
+    "Tagging",
     "Task",
     "build_task",
+    "completed",
     "default_overlong",
     "task_for",
 ]
 
-_TASKS: dict[type[Settings], type[Task]] = {
+_TASKS: dict[type[Settings], Callable[[Any, Renderer], Task]] = {
     ClassificationConfig: Classification,
+    LinearClassificationConfig: linear_classification,
     ChoiceConfig: Choice,
+    TaggingConfig: Tagging,
     GenerationConfig: Generation,
 }
 
@@ -39,7 +57,9 @@ def build_task(config: Settings, renderer: Renderer) -> Task:
 
     Raises:
         ConfigError: the settings do not go with the renderer's tokenizer, or the task with its kind of model.
+        TemplateError: the template lacks what the task needs.
     """
+    check_task_template(config, renderer.template)
     return _TASKS[type(config)](config, renderer)
 
 
@@ -52,6 +72,7 @@ def task_for(
     max_length: int | None = None,
     overlong: Overlong | None = None,
     deep: bool = False,
+    head: LinearHead | None = None,
     temperature: float | None = None,
 ) -> Task:
     """Return the task that the settings describe, bound to a template on a backbone.
@@ -64,6 +85,7 @@ def task_for(
         max_length: text tokens of a row; None for no limit but the backbone's.
         overlong: what happens to an answer that is itself too long; `default_overlong` where absent.
         deep: whether the virtual tokens are keys and values, in front of everything.
+        head: the trained linear head of a task that has one; copied to the backbone's device.
         temperature: that scores are divided by before they become probabilities; None for none.
 
     Raises:
@@ -82,9 +104,26 @@ def task_for(
         deep=deep,
     )
     task = build_task(config, renderer)
+    task.head = head_from(head_tensors(head), backbone.device)
     return task.with_temperature(temperature) if isinstance(task, ScoringTask) else task
 
 
+def completed(config: Settings, records: Sequence[Mapping[str, Any]]) -> Settings:
+    """Return a task's settings with what they leave to the training records: the labels or tags of a linear head.
+
+    Raises:
+        DataError: a record has none, or cannot be read.
+    """
+    if isinstance(config, LinearClassificationConfig) and not config.labels:
+        return config.model_copy(update={"labels": learnt_labels(config, records)})
+    if isinstance(config, TaggingConfig) and not config.tags:
+        return config.model_copy(update={"tags": learnt_tags(config, records)})
+    return config
+
+
 def default_overlong(config: Settings) -> Overlong:
-    """Return what happens to an answer that is itself too long, where nobody says: cut for free text, else an error."""
-    return "cut" if isinstance(config, GenerationConfig) else "error"
+    """Return what happens to an answer that is itself too long, or to words, where nobody says.
+
+    Free text and words to tag are cut; else it is an error.
+    """
+    return "cut" if isinstance(config, GenerationConfig | TaggingConfig) else "error"

@@ -75,14 +75,14 @@ class Choice(ScoringTask):
         context = self.renderer.context(record, reserve=longest)
         return tuple(_behind(context, ids) for ids in answers)
 
-    def scores_of(self, logits: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
-        """Return the choices' scores ``[E, C]`` from logits ``[S, V]``."""
+    def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
+        """Return the choices' scores ``[E, C]`` from what is read, logits ``[S, V]``."""
         rows = [row for example in examples for row in example]
         tokens = torch.tensor([label for row in rows for label in row.labels if label != IGNORED])  # [S]
         row_of = torch.tensor([number for number, row in enumerate(rows) for _ in row.read_at])  # [S]
-        log_probabilities = torch.log_softmax(at_least_float32(logits), -1)
-        chosen = log_probabilities.gather(-1, tokens.to(logits.device)[:, None]).squeeze(-1)  # [S]
-        scores = chosen.new_zeros(len(rows)).index_add(0, row_of.to(logits.device), chosen)
+        log_probabilities = torch.log_softmax(at_least_float32(read), -1)
+        chosen = log_probabilities.gather(-1, tokens.to(read.device)[:, None]).squeeze(-1)  # [S]
+        scores = chosen.new_zeros(len(rows)).index_add(0, row_of.to(read.device), chosen)
         if self.config.normalise:
             scores = scores / torch.tensor([len(row.read_at) for row in rows]).to(scores)
         return scores.view(len(examples), -1)
@@ -108,5 +108,6 @@ def _behind(context: Sequence[int], tokens: Sequence[int]) -> Row:
 def _masked(row: Row, tokens: Sequence[int]) -> Row:
     """Return a row whose masks are supervised."""
     labels = list(row.labels)
-    labels[row.read_at.start : row.read_at.stop] = tokens
+    for place, token in zip(row.read_at, tokens, strict=True):
+        labels[place] = token
     return Row(row.ids, tuple(labels), read_at=row.read_at)

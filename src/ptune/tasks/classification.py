@@ -25,8 +25,9 @@ from ptune.rendering import Renderer
 from ptune.settings import label_text
 from ptune.task_config import ClassificationConfig
 from ptune.tasks.label_reading import masked_reading, trie_reading
-from ptune.tasks.scoring import ScoringTask, logits_read
-from ptune.tasks.task import Forward
+from ptune.tasks.reading import logits_read
+from ptune.tasks.scoring import ScoringTask
+from ptune.tasks.task import Forward, answer_value
 
 
 class Classification(ScoringTask):
@@ -67,18 +68,11 @@ class Classification(ScoringTask):
         Raises:
             DataError: it has none, or one outside the verbalizer.
         """
-        field, place = self.config.label_field, location(record)
-        if field not in record:
-            known = [str(key) for key in record]
-            raise DataError(
-                f'{place} has no label: it lacks the field "{field}" and has {", ".join(known)}; '
-                f"name the right one as task.label_field.{did_you_mean(field, known)}"
-            )
-        label = label_text(record[field])
+        label = label_text(answer_value(record, self.config.label_field, "task.label_field", "label"))
         if label not in self.config.verbalizer:
             raise DataError(
-                f'{place}: the label "{label}" is not in the verbalizer, which knows {", ".join(self.labels)}; '
-                f"add it there or mend the record.{did_you_mean(label, self.labels)}"
+                f'{location(record)}: the label "{label}" is not in the verbalizer, which knows '
+                f"{', '.join(self.labels)}; add it there or mend the record.{did_you_mean(label, self.labels)}"
             )
         return label
 
@@ -124,10 +118,10 @@ class Classification(ScoringTask):
         rows = [row for example in examples for row in example]
         return at_least_float32(logits_read(forward, rows, pad_id, self._reading.token[:, 0]))
 
-    def scores_of(self, logits: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
-        """Return the labels' scores ``[E, C]`` from logits ``[E * S, V]``."""
-        log_probabilities = torch.log_softmax(at_least_float32(logits), -1)
-        log_probabilities = log_probabilities.view(len(examples), -1, logits.shape[-1])  # [E, S, V]
+    def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
+        """Return the labels' scores ``[E, C]`` from what is read, logits ``[E * S, V]``."""
+        log_probabilities = torch.log_softmax(at_least_float32(read), -1)
+        log_probabilities = log_probabilities.view(len(examples), -1, read.shape[-1])  # [E, S, V]
         reading = self._reading
         chosen = log_probabilities[:, reading.place, reading.token] * reading.mask.to(log_probabilities)  # [E, C, J]
         scores = chosen.sum(-1)

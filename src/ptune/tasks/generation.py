@@ -30,6 +30,7 @@ _HAN = re.compile(r"[\u4e00-\u9fff]")
 class Generation(Task):
     """A record is answered by text."""
 
+    answer_key = "text"
     config: GenerationConfig
 
     def __init__(self, config: GenerationConfig, renderer: Renderer) -> None:
@@ -61,6 +62,10 @@ class Generation(Task):
                 f"name the right one as task.answer_field.{did_you_mean(field, known)}"
             )
         return str(record[field])
+
+    def shown(self, record: Mapping[str, Any]) -> Row | None:
+        """Return the row of a record with its answer and the token that ends it; None where ``overlong`` drops it."""
+        return self.renderer.row(record, self.answer(record))
 
     def example(self, record: Mapping[str, Any]) -> Example | None:
         """Return a record as one row whose answer is supervised; one that is tokenised already as it is."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def macro_f1(targets: Sequence[int], predicted: Sequence[int]) -> float:
@@ -21,6 +22,21 @@ def micro_f1(targets: Sequence[int], predicted: Sequence[int], negative: int | N
     one it is the accuracy.
     """
     return _f1(targets, predicted, [label for label in {*targets, *predicted} if label != negative])
+
+
+def average_f1s(wanted: Tensor, given: Tensor) -> tuple[float, float]:
+    """Return micro and macro F1 of examples with several labels; macro over the labels that occur on either side.
+
+    Args:
+        wanted: ``[E, C]`` bool, which labels each has.
+        given: ``[E, C]`` bool, which were predicted.
+    """
+    hits = (wanted & given).sum(0).double()  # [C]
+    either = (wanted.sum(0) + given.sum(0)).double()
+    occurs = either > 0
+    if not bool(occurs.any()):
+        return 0.0, 0.0
+    return float(2 * hits.sum() / either.sum()), float((2 * hits[occurs] / either[occurs]).mean())
 
 
 def confusion(targets: Sequence[int], predicted: Sequence[int], count: int) -> list[list[int]]:

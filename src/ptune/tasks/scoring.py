@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptune.backbone import Backbone
-from ptune.batch import Row, collate
+from ptune.batch import Row
 from ptune.tasks.calibration import calibration_error, reliability
 from ptune.tasks.metrics import confusion, macro_f1, micro_f1
-from ptune.tasks.task import Assessment, Example, Forward, Task
+from ptune.tasks.reading import ReadingTask, in_batches
+from ptune.tasks.task import Assessment, Example, Forward
 
 
-class ScoringTask(Task):
+class ScoringTask(ReadingTask):
     """Takes the likeliest of C answers.
 
     Attributes:
@@ -36,14 +37,11 @@ class ScoringTask(Task):
         temperature: that scores are divided by before they become probabilities; None for scores as they are.
     """
 
+    answer_key = "label"
     rows_each: int
     negative: int | None = None
     weights: Tensor | None = None
     temperature: float | None = None
-
-    @abstractmethod
-    def rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
-        """Return the rows that the model reads for a record."""
 
     @abstractmethod
     def names(self, record: Mapping[str, Any]) -> Sequence[str]:
@@ -58,17 +56,17 @@ class ScoringTask(Task):
         """
 
     @abstractmethod
-    def scores_of(self, logits: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
+    def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
         """Return the scores ``[E, C]``, log-probabilities but for a constant in each row.
 
         Args:
-            logits: ``[S, V]``, those of all places that the rows read, in the order of the rows.
+            read: logits ``[S, V]``, or hidden states ``[S, H]``, of all places that the rows read, in their order.
             examples: the rows of each.
         """
 
     def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
         """Return the scores ``[E, C]`` of examples by one forward pass."""
-        return self.scores_of(logits_read(forward, [row for rows in examples for row in rows], pad_id), examples)
+        return self.scores_of(self.read(forward, [row for rows in examples for row in rows], pad_id), examples)
 
     def corrected(self, scores: Tensor, backbone: Backbone) -> Tensor:
         """Return scores ``[E, C]`` as they count for predictions; themselves unless a task says otherwise."""
@@ -95,6 +93,13 @@ class ScoringTask(Task):
             return []
         scores = self.all_scores(backbone, records, batch_size)
         return [self.answer_from(record, row) for record, row in zip(records, scores, strict=True)]
+
+    def answer_read(
+        self, record: Mapping[str, Any], rows: Sequence[Row], read: Tensor, backbone: Backbone
+    ) -> dict[str, Any]:
+        """Return what `predict` says of a record, from logits ``[S, V]`` or hidden states ``[S, H]``."""
+        scores = self.scores_of(read, [rows]).float().cpu()
+        return self.answer_from(record, self.corrected(scores, backbone)[0])
 
     def answer_from(self, record: Mapping[str, Any], scores: Tensor) -> dict[str, Any]:
         """Return what `predict` says of a record with these scores, ``[C]``, corrected already."""
@@ -161,25 +166,12 @@ class ScoringTask(Task):
         They are read in batches of similar length.
         """
         rows = [self.rows(record) for record in records]
-        order = sorted(range(len(rows)), key=lambda index: -max(len(row.ids) for row in rows[index]))
-        at_once = max(1, batch_size // self.rows_each)
-        chunks = []
+        order, chunks = [], []
         with torch.no_grad():
-            for start in range(0, len(order), at_once):
-                chunk = [rows[index] for index in order[start : start + at_once]]
+            for together in in_batches(rows, batch_size):
+                chunk = [rows[index] for index in together]
                 chunks.append(self.scores(backbone, chunk, backbone.tokenizer.pad_token_id).float().cpu())
+                order += together
             scores = torch.empty_like(torch.cat(chunks))
             scores[order] = torch.cat(chunks)
             return self.corrected(scores, backbone)
-
-
-def logits_read(forward: Forward, rows: Sequence[Row], pad_id: int, columns: Tensor | None = None) -> Tensor:
-    """Return the logits ``[S, V]`` of all places that rows read, in their order, by one forward pass.
-
-    Those of some tokens alone where they are given as ``columns``, ``[C]`` int64.
-    """
-    batch = collate(rows, pad_id)
-    positions = torch.zeros_like(batch.input_ids, dtype=torch.bool)  # [B, T]
-    for number, row in enumerate(rows):
-        positions[number, row.read_at] = True
-    return forward(batch.input_ids, batch.attention_mask, positions=positions, columns=columns)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.batch import Row
+from ptune.errors import DataError, did_you_mean
+from ptune.filling import location
+from ptune.linear_head import LinearHead
 from ptune.rendering import Renderer
 from ptune.settings import Settings
 from ptune.tasks.calibration import Bin
@@ -31,8 +34,12 @@ class Forward(Protocol):
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         columns: Tensor | None = None,
+        states: bool = False,
     ) -> Tensor:
-        """Return the summed loss for labels, or logits ``[N, V]`` after positions, ``[N, C]`` of some tokens alone."""
+        """Return the summed loss for labels, or logits ``[N, V]`` after positions, ``[N, C]`` of some tokens alone.
+
+        Or, for ``states``, the last layer's hidden states at positions, ``[N, H]``.
+        """
 
 
 @dataclass(frozen=True)
@@ -84,19 +91,29 @@ class Assessment:
 
 
 class Task(ABC):
-    """A task bound to a template, a tokenizer and the ids of its virtual tokens."""
+    """A task bound to a template, a tokenizer and the ids of its virtual tokens.
+
+    Attributes:
+        head: the trained linear head of a task that asks for one (`ptune.task_config.head_outputs`), set by whoever
+            has it; None for others.
+    """
 
     metric: str
     """Name of the metric that chooses the best checkpoint."""
     greater_is_better: bool = True
+    answer_key: str
+    """Under which name the answer itself stands in what `predict` returns."""
 
     def __init__(self, config: Settings, renderer: Renderer) -> None:
         self.config = config
         self.renderer = renderer
+        self.head: LinearHead | None = None
 
     def with_renderer(self, renderer: Renderer) -> Task:
         """Return the same task on another renderer."""
-        return type(self)(self.config, renderer)
+        task = type(self)(self.config, renderer)
+        task.head = self.head
+        return task
 
     @abstractmethod
     def answer(self, record: Mapping[str, Any]) -> str:
@@ -105,6 +122,14 @@ class Task(ABC):
         Raises:
             DataError: the record has no answer, or one that the task does not know.
         """
+
+    def shown(self, record: Mapping[str, Any]) -> Row | None:
+        """Return the row of a record with its answer, for people to look at; None where ``overlong`` drops it.
+
+        Raises:
+            DataError: as `answer`.
+        """
+        return self.renderer.row(record, self.answer(record), end=False)
 
     @abstractmethod
     def example(self, record: Mapping[str, Any]) -> Example | None:
@@ -133,3 +158,24 @@ class Task(ABC):
     def assess(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> Assessment:
         """Score answers as `evaluate` does, and say what else there is to know of them."""
         return Assessment(self.evaluate(backbone, records, batch_size=batch_size))
+
+
+def answer_value(record: Mapping[str, Any], field: str, setting: str, what: str) -> Any:
+    """Return what a record holds as its answer.
+
+    Args:
+        record: with its answer.
+        field: where it should be.
+        setting: that names the field.
+        what: the answer, as messages call it.
+
+    Raises:
+        DataError: the record lacks the field.
+    """
+    if field not in record:
+        known = [str(key) for key in record]
+        raise DataError(
+            f'{location(record)} has no {what}: it lacks the field "{field}" and has {", ".join(known)}; '
+            f"name the right one as {setting}.{did_you_mean(field, known)}"
+        )
+    return record[field]

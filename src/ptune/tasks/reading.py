@@ -1,0 +1,90 @@
+"""What tasks share that answer a record by one forward pass, read at some places of its rows.
+
+What is read there is logits, or the last layer's hidden states where a linear head makes scores of them. Rows of any
+tasks that read the same can share a pass (`ptune.mixed_batches`).
+
+Shapes: S places read, V rows of the backbone's input matrix, C outputs of a linear head, H width of hidden states.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptune.backbone import Backbone
+from ptune.batch import Row, collate
+from ptune.tasks.task import Forward, Task
+
+
+class ReadingTask(Task):
+    """Answers a record by what is read in its rows."""
+
+    reads_states: bool = False
+    """Whether hidden states are read, for a linear head, and not logits."""
+
+    @abstractmethod
+    def rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
+        """Return the rows that the model reads for a record."""
+
+    @abstractmethod
+    def answer_read(
+        self, record: Mapping[str, Any], rows: Sequence[Row], read: Tensor, backbone: Backbone
+    ) -> dict[str, Any]:
+        """Return what `predict` says of a record.
+
+        Args:
+            record: the record.
+            rows: its rows.
+            read: ``[S, V]`` logits or ``[S, H]`` hidden states, of all places that the rows read, in their order.
+            backbone: that they come from.
+        """
+
+    def read(self, forward: Forward, rows: Sequence[Row], pad_id: int) -> Tensor:
+        """Return what all places of rows hold, in their order, by one forward pass: ``[S, V]`` or ``[S, H]``."""
+        if not self.reads_states:
+            return logits_read(forward, rows, pad_id)
+        batch = collate(rows, pad_id)
+        return forward(batch.input_ids, batch.attention_mask, positions=_positions(batch.input_ids, rows), states=True)
+
+    def head_scores(self, states: Tensor) -> Tensor:
+        """Return the linear head's scores ``[S, C]`` for hidden states ``[S, H]``."""
+        assert self.head is not None, "a task that reads states is answered with its head, and has none"
+        return self.head(states)
+
+
+def logits_read(forward: Forward, rows: Sequence[Row], pad_id: int, columns: Tensor | None = None) -> Tensor:
+    """Return the logits ``[S, V]`` of all places that rows read, in their order, by one forward pass.
+
+    Those of some tokens alone where they are given as ``columns``, ``[C]`` int64.
+    """
+    batch = collate(rows, pad_id)
+    positions = _positions(batch.input_ids, rows)
+    return forward(batch.input_ids, batch.attention_mask, positions=positions, columns=columns)
+
+
+def in_batches(rows: Sequence[Sequence[Row]], batch_size: int) -> Iterator[list[int]]:
+    """Give numbers of examples that are read together: of similar length, longest first, and one at least.
+
+    Args:
+        rows: of each example.
+        batch_size: rows at once.
+    """
+    order = sorted(range(len(rows)), key=lambda number: -max(len(row.ids) for row in rows[number]))
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and sum(len(rows[n]) for n in order[start : end + 1]) <= batch_size:
+            end += 1
+        yield order[start:end]
+        start = end
+
+
+def _positions(input_ids: Tensor, rows: Sequence[Row]) -> Tensor:
+    positions = torch.zeros_like(input_ids, dtype=torch.bool)  # [B, T]
+    for number, row in enumerate(rows):
+        positions[number, list(row.read_at)] = True
+    return positions
