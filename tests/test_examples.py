@@ -17,12 +17,16 @@ from ptune.config import RunConfig
 from ptune.config_file import load_config
 from ptune.soft_prompt import SoftPrompt
 from ptune.task_config import TASK_CONFIGS, ClassificationConfig
+from ptune.tasks import completed
 from ptune.template import Template
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
 DATA_SETS = {
     "alpaca_zh_bloom.yaml": "alpaca_zh",
+    "conll2003_bert.yaml": "conll2003",
+    "entity_types.yaml": "conll2003",
+    "fewglue_rte_linear.yaml": "fewglue_rte",
     "shopping_categories.yaml": "shopping_zh",
     "sst2_deep.yaml": "sst2",
     "sst2_mini.yaml": "sst2",
@@ -66,8 +70,11 @@ def test_no_two_examples_write_into_one_folder() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_example_fits_its_data_set(name: str, real_data: Path, bloom: Path) -> None:
+def test_an_example_fits_its_data_set(name: str, real_data: Path, bloom: Path, tmp_path: Path) -> None:
     folder = real_data / DATA_SETS.get(name, Path(name).stem)
+    if name == "entity_types.yaml":
+        subprocess.run([sys.executable, EXAMPLES / "data" / "entity_types.py", folder, tmp_path], check=True)
+        folder = tmp_path
     config = load_config(EXAMPLES / name, {"data.train": str(folder), "data.limit": 30})
     if isinstance(config.task, ClassificationConfig):  # the tiny tokenizer spells words, which may begin one another
         letters = {label: f" {chr(ord('A') + number)}" for number, label in enumerate(config.task.verbalizer)}
@@ -76,6 +83,7 @@ def test_an_example_fits_its_data_set(name: str, real_data: Path, bloom: Path) -
     train, dev = read_records(config, template)
     assert train
     assert dev
+    config = config.model_copy(update={"task": completed(config.task, [*train, *dev])})
     task = build_task(config, template, Backbone.load(str(bloom)))
     examples = [task.example(record) for record in (*train[:30], *dev[:30])]
     assert sum(example is not None for example in examples) > len(examples) // 2

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ptune.losses import summed_linear_loss
@@ -51,29 +52,36 @@ class OutputHead:
         Returns:
             A list, which then holds what is wanted at the positions, ``[N, H]``, where it is no logits.
         """
-        body = self._model.base_model
-        if wanted == "final states" and positions is not None and body is not self._model:
-            with _last_states(body, positions) as states:
-                yield states
-            return
-        head = self._model.get_output_embeddings()
+        head, body = self._model.get_output_embeddings(), self._model.base_model
         taken: list[Tensor] = []
         if positions is None or head is None:
             yield taken
             return
 
-        def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def take_last_states(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
+            states = output.last_hidden_state
+            taken.append(states[positions.to(states.device)])  # [B, T, H] -> [N, H]
+            output.last_hidden_state = states[:, :0]
+            return output
+
+        def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if taken:
+                return None  # there is nothing left
             states = arguments[0][positions]  # [B, T, H] -> [N, H]
             if wanted != "logits":
                 taken.append(states)
                 states = states[:0]
             return (states, *arguments[1:])
 
-        hook = head.register_forward_pre_hook(narrow)
+        hooks: list[RemovableHandle] = [head.register_forward_pre_hook(narrow)]
+        # A family that has no model below its head, or runs its parts (T5, OPT), has no transform before the head.
+        if wanted == "final states" and body is not self._model:
+            hooks.append(body.register_forward_hook(take_last_states))
         try:
             yield taken
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def examine(self, run: Callable[[], Tensor]) -> None:
         """Find out whether the head is plain, by hidden states whose logits are large enough to show what follows it.
@@ -133,21 +141,3 @@ class OutputHead:
         """Return the summed cross-entropy of hidden states ``[N, H]`` for labels ``[N]``; the head must be plain."""
         assert self._tried is not None
         return summed_linear_loss(states, self._tried.weight, self._tried.bias, labels.to(states.device))
-
-
-@contextmanager
-def _last_states(body: nn.Module, positions: Tensor) -> Iterator[list[Tensor]]:
-    """Take the last layer's hidden states at positions ``[B, T]`` from the model below the head, and leave it none."""
-    taken: list[Tensor] = []
-
-    def take(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
-        states = output.last_hidden_state
-        taken.append(states[positions.to(states.device)])  # [B, T, H] -> [N, H]
-        output.last_hidden_state = states[:, :0]
-        return output
-
-    hook = body.register_forward_hook(take)
-    try:
-        yield taken
-    finally:
-        hook.remove()

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ptune.filling import WITHOUT_BLANKS, gap
 
 _LETTERS = rf"(?:(?!{WITHOUT_BLANKS.pattern})\w)+"
-_WORD = re.compile(rf"(?!\s){WITHOUT_BLANKS.pattern}|{_LETTERS}(?:[-.'’]{_LETTERS})*|[^\w\s]")
+_WORD = re.compile(rf"(?!\s){WITHOUT_BLANKS.pattern}|(?:[A-Za-z]\.){{2,}}|{_LETTERS}(?:[-.'’]{_LETTERS})*|[^\w\s]")
 
 
 def split_text(text: str) -> list[str]:
