@@ -10,16 +10,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ptune.config import DataConfig, EncoderConfig, ModelConfig, PromptConfig, RunConfig, StartConfig, TrainingConfig
-from ptune.task_config import ChoiceConfig, ClassificationConfig, GenerationConfig
+from ptune.task_config import TASK_CONFIGS
 
 PAGE = Path(__file__).with_suffix(".md")
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelConfig,
     "data": DataConfig,
-    "task, type classification": ClassificationConfig,
-    "task, type choice": ChoiceConfig,
-    "task, type generation": GenerationConfig,
+    **{f"task, type {settings.model_fields['type'].default}": settings for settings in TASK_CONFIGS},
     "prompt": PromptConfig,
     "prompt.encoder": EncoderConfig,
     "prompt.start": StartConfig,

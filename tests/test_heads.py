@@ -386,6 +386,7 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (LINEAR | {"metric": "exact_match"}, {}, "metric exact_match does not go with multi_label false; choose accuracy"),
     (MULTI | {"metric": "accuracy"}, {}, "metric accuracy does not go with multi_label true; choose micro_f1"),
     (LINEAR | {"labels": ["a", "b", "a"]}, {}, "the label 'a' stands there twice; list each once"),
+    (LINEAR | {"separator": ";"}, {}, "separator stands between several labels, and multi_label is off; turn it on"),
     (LINEAR | {"labels": ["a"]}, {}, "a classification needs at least two labels"),
     (LINEAR | {"label_weights": {"a": 0}}, {}, "the weight of 'a' is not above 0"),
     (LINEAR, {"template": "[P*4]{text}"}, "a template has one {answer}, and there is none in"),

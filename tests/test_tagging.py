@@ -260,7 +260,7 @@ def test_the_command_line_trains_scores_and_tags(tmp_path: Path) -> None:
     for name, rows in zip(("train", "dev"), RECORDS, strict=True):
         lines = "".join(json.dumps(dict(row)) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    bad = [{"tokens": ["soup", word], "tags": ["O"]} for word in ("is", "was")]
+    bad = [{"tokens": ["soup", word], "tags": [tag]} for word, tag in (("is", "O"), ("was", "B-FOOD"))]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(one) + "\n" for one in bad), encoding="utf-8")
     values = settings(tmp_path / "prompt", TAGGING, {"deep": True}).model_dump(mode="json")
     values |= {"model": str(tmp_path / "model")}

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptune.errors import TemplateError
+from ptune.task_config import GenerationConfig, TaggingConfig, check_task_template
 from ptune.template import Answer, Bos, Field, Optional, Template, Text, Virtual, escape
 
 TUTORIAL = r"[P*10]Human: {instruction}[?\n{input}]\n\nAssistant: {answer}"
@@ -64,7 +65,6 @@ def test_escaped_text_is_that_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("[P*3]{a}", "a template has one {answer}, and there is none in '[P*3]{a}'; put it at the end"),
         (
             "{answer}{answer}",
             "a template has one {answer}, and there are 2 of them in '{answer}{answer}'; put it at the end",
@@ -102,3 +102,15 @@ def test_the_pointer_stands_under_the_place_also_after_wide_characters(source: s
     with pytest.raises(TemplateError) as caught:
         Template.parse(source)
     assert str(caught.value).split("\n")[2] == f"  {' ' * columns}^"
+
+
+def test_an_answer_is_missed_by_the_tasks_that_have_one() -> None:
+    template = Template.parse("[P*3]{tokens}{b}")
+    assert not template.has_answer
+    assert not Template.parse("").ends_with_answer
+    with pytest.raises(TemplateError) as caught:
+        check_task_template(GenerationConfig(), template)
+    sentence = "a template has one {answer}, and there is none in '[P*3]{tokens}{b}'; put it at the end"
+    assert str(caught.value) == sentence
+    check_task_template(TaggingConfig(), template)
+    assert template.with_answer_for("tokens").pieces == Template.parse("[P*3]{answer}{b}").pieces

@@ -72,9 +72,7 @@ class ClassificationConfig(Settings):
     @model_validator(mode="after")
     def _labels_that_exist(self) -> ClassificationConfig:
         named = [*self.label_weights, *([] if self.negative_label is None else [self.negative_label])]
-        weightless = [label for label, weight in self.label_weights.items() if weight <= 0]
-        if weightless:
-            raise ValueError(f"the weight of {weightless[0]!r} is not above 0; leave its records out instead")
+        _check_weights(self.label_weights)
         unknown = [label for label in named if label not in self.verbalizer]
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no label of the verbalizer, which has {', '.join(self.verbalizer)}")
@@ -151,9 +149,9 @@ class LinearClassificationConfig(Settings):
                 f"metric {self.metric} does not go with multi_label {str(self.multi_label).lower()}; "
                 f"choose {', '.join(known[:-1])} or {known[-1]}"
             )
-        weightless = [label for label, weight in self.label_weights.items() if weight <= 0]
-        if weightless:
-            raise ValueError(f"the weight of {weightless[0]!r} is not above 0; leave its records out instead")
+        if not self.multi_label and self.separator != ",":
+            raise ValueError("separator stands between several labels, and multi_label is off; turn it on")
+        _check_weights(self.label_weights)
         if len(self.labels) == 1 and not self.multi_label:
             raise ValueError("a classification needs at least two labels; list them, or none to take the data's")
         return self
@@ -187,6 +185,12 @@ class TaggingConfig(Settings):
         if unknown:
             raise ValueError(scheme_mistake(unknown[0]))
         return self
+
+
+def _check_weights(weights: dict[str, float]) -> None:
+    weightless = [label for label, weight in weights.items() if weight <= 0]
+    if weightless:
+        raise ValueError(f"the weight of {weightless[0]!r} is not above 0; leave its records out instead")
 
 
 def _distinct(values: tuple[str, ...], what: str) -> tuple[str, ...]:
