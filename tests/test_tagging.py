@@ -260,7 +260,7 @@ def test_the_command_line_trains_scores_and_tags(tmp_path: Path) -> None:
     for name, rows in zip(("train", "dev"), RECORDS, strict=True):
         lines = "".join(json.dumps(dict(row)) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    bad = [{"tokens": ["soup", word], "tags": [tag]} for word, tag in (("is", "O"), ("was", "B-FOOD"))]
+    bad = [{"tokens": ["soup", "is", word], "tags": ["B-FOOD", "O"]} for word in ("hot", "cold")]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(one) + "\n" for one in bad), encoding="utf-8")
     values = settings(tmp_path / "prompt", TAGGING, {"deep": True}).model_dump(mode="json")
     values |= {"model": str(tmp_path / "model")}
@@ -287,9 +287,9 @@ def test_the_command_line_trains_scores_and_tags(tmp_path: Path) -> None:
     assert "B-FOOD, B-SIGN, O" in run("inspect", tmp_path / "prompt").stdout
     assert ">>" in run("inspect", "data", tmp_path / "run.yaml", "--count", 1).stdout
     refused = run("train", tmp_path / "run.yaml", "--data", tmp_path / "bad.jsonl", "--overwrite", code=2).stderr
-    assert "has 1 tags for 2 words; write both as lists of one length" in refused
+    assert "has 2 tags for 3 words; write both as lists of one length" in refused
     refused = run("eval", tmp_path / "prompt", "--data", tmp_path / "bad.jsonl", code=2).stderr
-    assert "has 1 tags for 2 words" in refused
+    assert "has 2 tags for 3 words" in refused
 
 
 def test_tags_of_real_data_are_read(real_data: Path) -> None:
