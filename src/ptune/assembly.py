@@ -161,19 +161,20 @@ def read_records(config: RunConfig, template: Template) -> tuple[list[Record], l
     data = config.data
     if data.train is None:
         raise ConfigError('"data.train" is missing: a file, a folder or a Hub name')
+    seed = config.training.seed if data.split_seed is None else data.split_seed
     train = load_records(data.train, split="train", fields=data.fields, limit=data.limit)
     held_out = data.dev or (data.train if has_split(data.train, "dev") else None)
     if held_out is not None:
         dev = load_records(held_out, split="dev", fields=data.fields)
     else:
         # what counts as the same text is what the template shows of it
-        train, dev = split_dev(train, data.dev_fraction, data.dev_limit, config.training.seed, fields=template.fields)
+        train, dev = split_dev(train, data.dev_fraction, data.dev_limit, seed, fields=template.fields)
     if data.shots is not None and isinstance(config.task, ClassificationConfig):
-        label, seed = config.task.label_field, config.training.seed
+        label = config.task.label_field
         train = draw_shots(train, label, data.shots, seed, exact=True)
         dev = draw_shots(dev, label, data.shots, seed)
     if data.dev_limit is not None and len(dev) > data.dev_limit:
-        dev = draw(dev, data.dev_limit, config.training.seed)  # not the first ones: files are often sorted by label
+        dev = draw(dev, data.dev_limit, seed)  # not the first ones: files are often sorted by label
     return train, dev
 
 

@@ -10,10 +10,11 @@ from ptune.tasks.choice import Choice
 from ptune.tasks.classification import Classification
 from ptune.tasks.generation import Generation
 from ptune.tasks.scoring import ScoringTask
-from ptune.tasks.task import Assessment, Example, Forward, Task
+from ptune.tasks.task import Asked, Assessment, Example, Forward, Task
 from ptune.template import Template
 
 __all__ = [
+    "Asked",
     "Assessment",
     "Choice",
     "Classification",

@@ -20,7 +20,7 @@ from ptune.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 from ptune.generation import GenerationOptions, generate
 from ptune.rendering import Renderer
 from ptune.task_config import GenerationConfig
-from ptune.tasks.task import Example, Forward, Task
+from ptune.tasks.task import Asked, Example, Task
 
 # Scripts that write no blanks between words: every character counts as one.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
@@ -68,10 +68,14 @@ class Generation(Task):
         row = self.renderer.tokenised_row(record) if tokenised else self.renderer.row(record, self.answer(record))
         return None if row is None else Example((row,), None, weight=_supervised(row))
 
-    def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
-        """Return the cross-entropy summed over supervised tokens."""
+    def asks(self, examples: Sequence[Example], pad_id: int) -> Asked:
+        """Return the examples' rows with their labels."""
         batch = collate([example.rows[0] for example in examples], pad_id)
-        return forward(batch.input_ids, batch.attention_mask, labels=batch.labels)
+        return Asked(batch.input_ids, batch.attention_mask, labels=batch.labels)
+
+    def loss_of(self, answer: Tensor, examples: Sequence[Example]) -> Tensor:
+        """Return the cross-entropy summed over supervised tokens, a scalar: what the model gave."""
+        return answer
 
     def predict(
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32

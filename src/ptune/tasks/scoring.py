@@ -21,9 +21,10 @@ from torch.nn import functional
 
 from ptune.backbone import Backbone
 from ptune.batch import Row, collate
+from ptune.losses import at_least_float32
 from ptune.tasks.calibration import calibration_error, reliability
 from ptune.tasks.metrics import confusion, macro_f1, micro_f1
-from ptune.tasks.task import Assessment, Example, Forward, Task
+from ptune.tasks.task import Asked, Assessment, Example, Forward, Task
 
 
 class ScoringTask(Task):
@@ -34,12 +35,14 @@ class ScoringTask(Task):
         negative: number of the answer that micro F1 leaves out.
         weights: ``[C]`` float32, of each answer in the loss; None for equal ones.
         temperature: that scores are divided by before they become probabilities; None for scores as they are.
+        columns: ``[C]`` int64, the answers' tokens, where their logits alone are scores; None where all are needed.
     """
 
     rows_each: int
     negative: int | None = None
     weights: Tensor | None = None
     temperature: float | None = None
+    columns: Tensor | None = None
 
     @abstractmethod
     def rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
@@ -68,7 +71,14 @@ class ScoringTask(Task):
 
     def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
         """Return the scores ``[E, C]`` of examples by one forward pass."""
-        return self.scores_of(logits_read(forward, [row for rows in examples for row in rows], pad_id), examples)
+        return self._scores(self._read(examples, pad_id).of(forward), examples)
+
+    def _read(self, examples: Sequence[Sequence[Row]], pad_id: int) -> Asked:
+        return places_read([row for rows in examples for row in rows], pad_id, self.columns)
+
+    def _scores(self, logits: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
+        # of single tokens the logits will do, for their normaliser is one for all
+        return at_least_float32(logits) if self.columns is not None else self.scores_of(logits, examples)
 
     def corrected(self, scores: Tensor, backbone: Backbone) -> Tensor:
         """Return scores ``[E, C]`` as they count for predictions; themselves unless a task says otherwise."""
@@ -78,9 +88,13 @@ class ScoringTask(Task):
         """Return a record's rows with the number of its answer."""
         return Example(self.rows(record), self.target(record), weight=1)
 
-    def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
-        """Return the cross-entropy over the answers, summed over examples."""
-        scores = self.scores(forward, [example.rows for example in examples], pad_id)
+    def asks(self, examples: Sequence[Example], pad_id: int) -> Asked:
+        """Return the examples' rows with the places where answers are read."""
+        return self._read([example.rows for example in examples], pad_id)
+
+    def loss_of(self, answer: Tensor, examples: Sequence[Example]) -> Tensor:
+        """Return the cross-entropy over the answers, summed over examples: a scalar of logits ``[S, V]``."""
+        scores = self._scores(answer, [example.rows for example in examples])
         return self._summed_loss(scores, torch.tensor([example.target for example in examples], device=scores.device))
 
     def _summed_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
@@ -178,8 +192,13 @@ def logits_read(forward: Forward, rows: Sequence[Row], pad_id: int, columns: Ten
 
     Those of some tokens alone where they are given as ``columns``, ``[C]`` int64.
     """
+    return places_read(rows, pad_id, columns).of(forward)
+
+
+def places_read(rows: Sequence[Row], pad_id: int, columns: Tensor | None = None) -> Asked:
+    """Return the question for the logits of all places that rows read; ``columns`` ``[C]`` as in `logits_read`."""
     batch = collate(rows, pad_id)
     positions = torch.zeros_like(batch.input_ids, dtype=torch.bool)  # [B, T]
     for number, row in enumerate(rows):
         positions[number, row.read_at] = True
-    return forward(batch.input_ids, batch.attention_mask, positions=positions, columns=columns)
+    return Asked(batch.input_ids, batch.attention_mask, positions=positions, columns=columns)
