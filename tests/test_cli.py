@@ -30,7 +30,8 @@ from ptune.generation import GenerationOptions, generate
 from ptune.soft_prompt import SoftPrompt
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
-COMMANDS = ["train", "eval", "predict", "generate", "inspect", "report", "list", "import", "demo"]
+COMMANDS = ["train", "search", "eval", "predict", "generate", "inspect", "report"]
+COMMANDS += ["list", "import", "cache", "demo"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
 
 
