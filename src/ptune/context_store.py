@@ -66,7 +66,8 @@ class ContextStore:
         self._budget, self._begun = budget, time.time()
         self._bytes = sum(size for _, size, _ in _files(self._root))
         self._verified: dict[str, tuple[int, ...]] = {}
-        self.full, self.mistake = False, None if budget else "no room"
+        self.full = False
+        self.mistake: str | None = None
 
     def get(self, ids: Sequence[int]) -> Tensor | None:
         """Return a context's keys and values, ``[2 L, K, F, D]``, mapped into memory; None where there are none."""

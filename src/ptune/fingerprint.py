@@ -54,7 +54,7 @@ def fingerprint(kind: str, config: PreTrainedConfig, rows: Tensor, embeddings: T
 def exact_key(family: str, config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> str:
     """Return a hexadecimal name of exactly this model: another weight, setting or library version gives another one.
 
-    It reads every weight, about a second a gigabyte.
+    It reads every weight, some seconds a gigabyte.
 
     Args:
         family: the class of the model, with its module.

@@ -161,8 +161,8 @@ class Plans:
     def prepare(self, contexts: Sequence[Sequence[int]], kept: ContextCache) -> None:
         """Run contexts once and keep their keys and values.
 
-        They are run longest first, in batches that depend on nothing but the contexts, so that a run that is resumed
-        finds the very same numbers.
+        They are run longest first, in batches that depend on nothing but the contexts and which of them are found, so
+        that a run that is resumed finds the very same numbers.
 
         Args:
             contexts: ids of each, virtual tokens in none.

@@ -32,8 +32,6 @@ _FREE_TO_CHANGE = {
     "training.samples",
     "training.trackers",
     "training.logging_steps",
-    "training.context_cache",
-    "training.context_cache_disk",
 }
 
 

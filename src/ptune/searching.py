@@ -180,8 +180,9 @@ class _Search:
                 return
             begun = time.monotonic()
             losses = self._step(step, running)
+            share = (time.monotonic() - begun) / len(running)
             for contender, loss in zip(running, losses, strict=True):
-                contender.learner.progress.seconds += (time.monotonic() - begun) / len(running)
+                contender.learner.progress.seconds += share
                 try:
                     contender.step(loss)
                 except TrainingError as error:  # of one candidate, which the others need not suffer for
