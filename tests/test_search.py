@@ -290,6 +290,11 @@ def test_a_stopped_search_keeps_its_best_candidate_as_a_stopped_run(tmp_path: Pa
         search(base, SearchConfig(vary=vary), backbone=backbone, records=data)
 
 
+def test_a_rate_is_a_number_however_it_is_written(tmp_path: Path) -> None:
+    found = candidates_of(config(tmp_path), SearchConfig(vary=parse_vary(["learning_rate=1e-2,2e-2"])))
+    assert [candidate.varied["training.learning_rate"] for candidate in found] == [0.01, 0.02]
+
+
 def test_the_dev_part_is_one_for_candidates_of_every_seed(tmp_path: Path) -> None:
     base = config(tmp_path, seed=7)
     found = candidates_of(base, SearchConfig(vary={"training.seed": (0, 1)}))
@@ -297,7 +302,7 @@ def test_the_dev_part_is_one_for_candidates_of_every_seed(tmp_path: Path) -> Non
 
 
 def test_what_varies_is_read_from_words_and_from_the_file(tmp_path: Path) -> None:
-    assert parse_vary(["learning_rate=0.002,1e-2", "prompt.length=5,10", "seed=0"]) == {
+    assert parse_vary(["learning_rate=0.002,0.01", "prompt.length=5,10", "seed=0"]) == {
         "training.learning_rate": [0.002, 0.01],
         "prompt.length": [5, 10],
         "training.seed": [0],

@@ -6,6 +6,7 @@ prompt, its encoder and its optimizer can vary. Knows settings, and imports no t
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
@@ -229,7 +230,15 @@ def _candidate(config: RunConfig, varied: dict[str, Any], number: int) -> Candid
     values = with_overrides(values, overrides)
     if LENGTH in varied:
         values["prompt"]["template"] = _of_length(values["prompt"]["template"], varied[LENGTH])
-    return Candidate(number, varied, parse_config(values, source=source))
+    run = parse_config(values, source=source)
+    return Candidate(number, {name: _as_read(run, name, value) for name, value in varied.items()}, run)
+
+
+def _as_read(config: RunConfig, name: str, value: Any) -> Any:
+    """Return a varied value as the settings have it: YAML reads 1e-2 as a text, and a rate is a number."""
+    if name == LENGTH or isinstance(value, Mapping):
+        return value
+    return functools.reduce(lambda section, part: section[part], name.split("."), config.model_dump(mode="json"))
 
 
 def _of_length(template: str, count: Any) -> str:
