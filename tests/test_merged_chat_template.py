@@ -69,7 +69,7 @@ class Folder:
         for name, template in parsed.items():
             self.renderers[name] = Renderer(template, tokenizer, 1000, first_virtual_id=1000 + start)
             self.ids[name] = on_disk[start : start + template.num_virtual_tokens]
-            shapes[name] = TaskShape(self.renderers[name].pieces, start)
+            shapes[name] = TaskShape(self.renderers[name].pieces, start, self.renderers[name].further)
             start += template.num_virtual_tokens
         bos = as_text(tokenizer, next((each.opening for each in self.renderers.values() if each.opening), ()))
         opening = as_text(tokenizer, opening_ids(tokenizer))
@@ -153,7 +153,7 @@ def test_a_conversation_carries_the_virtual_tokens_in_its_first_turn(tmp_path: P
     folder = Folder(tmp_path, with_bos(), TEMPLATES)
     said = folder.render("one", "two", "three", task="chat")
     opening = "".join(f"{MARK}:{number}|>" for number in range(3)) + "<s>"
-    assert said == f"{opening}Human: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: "
+    assert said == f"{opening}Human: one\n\nAssistant: two</s>\n\nHuman: three\n\nAssistant: "
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ptune.batch import IGNORED, Row
 from ptune.errors import DataError, TemplateError
+from ptune.preview import preview
 from ptune.readers import Record
 from ptune.rendering import Overlong, Renderer
 from ptune.template import Bos, Optional, Template, escape
@@ -387,12 +388,12 @@ def test_rows_that_are_tokenised_already_keep_to_the_limits() -> None:
 
 
 def test_a_preview_decodes_back_what_the_model_reads() -> None:
-    segments = renderer("[P*2]Human: {instruction}\n{answer}").preview({"instruction": "Walk"}, "Yes")
+    segments = preview(renderer("[P*2]Human: {instruction}\n{answer}"), {"instruction": "Walk"}, "Yes")
     assert [(segment.kind, segment.text) for segment in segments] == [
         ("virtual", "[P0][P1]"),
         ("text", "Human: Walk\n"),
         ("answer", "Yes</s>"),
     ]
-    words_alone = renderer("{text}[P]{answer}").preview({"text": "Walk"}, " great", end=False)
+    words_alone = preview(renderer("{text}[P]{answer}"), {"text": "Walk"}, " great", end=False)
     assert [segment.kind for segment in words_alone] == ["text", "virtual", "answer"]
-    assert renderer("{text}[P]{answer}", max_length=6, overlong="drop").preview({"text": "x"}, "film " * 9) == []
+    assert preview(renderer("{text}[P]{answer}", max_length=6, overlong="drop"), {"text": "x"}, "film " * 9) == []

@@ -25,7 +25,7 @@ from ptune.settings import label_text
 from ptune.soft_prompt import SoftPrompt
 from ptune.task_config import ClassificationConfig
 from ptune.tasks import Example, Task, task_for
-from ptune.template import Template
+from ptune.template import SYSTEM, Template
 
 
 @dataclass
@@ -90,7 +90,7 @@ def assemble(
         dropped=len(train) - len(examples),
         cut=sum(any(row.cut for row in example.rows) for example in examples),
         data_hash=data_hash(train),
-        notes=[*_missing_labels(config, train, dev), *_left_out_turns(train)],
+        notes=[*_missing_labels(config, train, dev), *_of_conversations(train, examples, template)],
     )
 
 
@@ -219,7 +219,17 @@ def _missing_labels(config: RunConfig, train: Sequence[Record], dev: Sequence[Re
             )
 
 
-def _left_out_turns(train: Sequence[Record]) -> Iterator[str]:
-    count = sum(getattr(record, "turns_left_out", 0) for record in train)
-    if count:
-        yield f"{count} later answers of conversations are left out: the first question and answer of each are used"
+def _of_conversations(train: Sequence[Record], examples: Sequence[Example], template: Template) -> Iterator[str]:
+    if any(record.history for record in train if isinstance(record, Record)):
+        shortened = [row.left_out for example in examples for row in example.rows if row.left_out]
+        if shortened:
+            yield (
+                f"{sum(shortened)} exchanges of {len(shortened)} conversations, the oldest of each, are too long and "
+                "left out; raise max_length to keep more"
+            )
+    spoken = sum(isinstance(record.get(SYSTEM), str) and bool(record[SYSTEM].strip()) for record in train)
+    if spoken and SYSTEM not in template.fields:
+        yield (
+            f"{spoken} records have a system message that the template does not show; name {{{SYSTEM}}} in it, or in "
+            "prompt.system beside chat: true"
+        )

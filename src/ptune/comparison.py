@@ -67,8 +67,8 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
 
 
 def _off_task(task: Task, bare: Task, backbone: Backbone) -> tuple[str, str, str]:
-    fields = task.renderer.template.fields
-    question = dict.fromkeys(fields, "") | {fields[0]: _QUESTION}
+    template = task.renderer.template
+    question = dict.fromkeys(template.fields, "") | {template.question_field or "": _QUESTION}
     contexts = [one.renderer.question(question, _NEW_TOKENS) for one in (bare, task)]
     answers = generate(backbone, contexts, GenerationOptions(max_new_tokens=_NEW_TOKENS))
     return _QUESTION, answers[0].text, answers[1].text

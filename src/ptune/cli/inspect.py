@@ -57,6 +57,7 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
 
     from ptune.assembly import build_task, read_records, template_for
     from ptune.backbone import Backbone
+    from ptune.preview import preview
 
     backbone = Backbone.load(settings.model)
     template = template_for(settings, backbone)
@@ -66,7 +67,7 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     end = settings.task.type == "generation"  # other tasks score their answers without the token that ends a text
     for record in train[:count]:
         text = Text()
-        for segment in task.renderer.preview(record, task.answer(record), end=end):
+        for segment in preview(task.renderer, record, task.answer(record), end=end):
             marked = segment.kind == "answer" and not console.is_terminal  # a file shows no colours
             text.append(f">>{segment.text}<<" if marked else segment.text, style=_COLOURS[segment.kind])
         row = task.renderer.row(record, task.answer(record), end=end)

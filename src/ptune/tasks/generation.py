@@ -18,6 +18,7 @@ from ptune.backbone import Backbone
 from ptune.batch import Row, collate
 from ptune.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 from ptune.generation import GenerationOptions, generate
+from ptune.readers import Record
 from ptune.rendering import Renderer
 from ptune.task_config import GenerationConfig
 from ptune.tasks.task import Asked, Example, Task
@@ -55,6 +56,11 @@ class Generation(Task):
         """
         field = self.config.answer_field
         if not isinstance(record.get(field), str):
+            if isinstance(record, Record) and record.open_question:
+                raise DataError(
+                    f"{record.location} is a conversation that ends with a question, so nothing can be learnt at its "
+                    "end; write its answer, or remove the question"
+                )
             location, known = getattr(record, "location", "a record"), [str(key) for key in record]
             raise DataError(
                 f'{location} has no answer: it lacks text in the field "{field}" and has {", ".join(known)}; '
