@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from ptune.assembly import Parts
 from ptune.backbone import Backbone
 from ptune.generation import GenerationOptions, generate
-from ptune.task_config import GenerationConfig
-from ptune.tasks import Task
+from ptune.tasks import Extraction, Generation, Task
 
 _QUESTION = "Which animals live in the sea?"
 _NEW_TOKENS = 32
@@ -52,12 +51,14 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
     if not task.renderer.template.fields:
         return None
     bare = task.with_renderer(task.renderer.without_virtual_tokens())
-    writes = isinstance(task.config, GenerationConfig)
+    writes = isinstance(task, Generation)
     records = parts.dev[: _WRITTEN if writes else _SCORED]
     with_prompt, without = (one.predict(backbone, records, batch_size=len(records)) for one in (task, bare))
     if writes:
         changed = sum(one["text"] != other["text"] for one, other in zip(with_prompt, without, strict=True))
-        return Comparison(changed, len(records), off_task=_off_task(task, bare, backbone))
+        # entities are asked of a text that a record holds, so there is no question off the task
+        off_task = None if isinstance(task, Extraction) else _off_task(task, bare, backbone)
+        return Comparison(changed, len(records), off_task=off_task)
     changed = sum(one["label"] != other["label"] for one, other in zip(with_prompt, without, strict=True))
     shifts = [
         sum(abs(probability - other["probabilities"][label]) for label, probability in one["probabilities"].items()) / 2

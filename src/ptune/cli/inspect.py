@@ -58,13 +58,14 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     from ptune.assembly import build_task, read_records, template_for
     from ptune.backbone import Backbone
     from ptune.preview import preview
+    from ptune.tasks import Generation
 
     backbone = Backbone.load(settings.model)
     template = template_for(settings, backbone)
     task = build_task(settings, template, backbone)
     console = Console(highlight=False, soft_wrap=True)
     train, _ = read_records(settings, template)
-    end = settings.task.type == "generation"  # other tasks score their answers without the token that ends a text
+    end = isinstance(task, Generation)  # other tasks score their answers without the token that ends a text
     for record in train[:count]:
         text = Text()
         for segment in preview(task.renderer, record, task.answer(record), end=end):

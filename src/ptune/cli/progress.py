@@ -19,7 +19,18 @@ from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
 from ptune.tasks import Assessment
 
-_PERCENT = {"accuracy", "macro_f1", "micro_f1", "exact_match", "prediction_share", "rouge_l"}
+_PERCENT = {
+    "accuracy",
+    "macro_f1",
+    "micro_f1",
+    "exact_match",
+    "prediction_share",
+    "f1",
+    "precision",
+    "recall",
+    "parsed",
+}
+_PERCENT |= {"rouge_1", "rouge_2", "rouge_l"}
 _HIDDEN = {"prediction_share", "majority_share"}
 
 

@@ -1,13 +1,17 @@
-"""The tasks: classification, choice and generation. Adding one touches its own file and the registry below."""
+"""The tasks: classification, choice, generation, extraction.
+
+Adding one touches its own file, its settings and the registry below.
+"""
 
 from __future__ import annotations
 
 from ptune.backbone import Backbone
 from ptune.rendering import Overlong, Renderer
 from ptune.settings import Settings
-from ptune.task_config import ChoiceConfig, ClassificationConfig, GenerationConfig
+from ptune.task_config import ChoiceConfig, ClassificationConfig, ExtractionConfig, GenerationConfig
 from ptune.tasks.choice import Choice
 from ptune.tasks.classification import Classification
+from ptune.tasks.extraction import Extraction
 from ptune.tasks.generation import Generation
 from ptune.tasks.scoring import ScoringTask
 from ptune.tasks.task import Asked, Assessment, Example, Forward, Task
@@ -19,6 +23,7 @@ __all__ = [
     "Choice",
     "Classification",
     "Example",
+    "Extraction",
     "Forward",
     "Generation",
     "ScoringTask",
@@ -32,6 +37,7 @@ _TASKS: dict[type[Settings], type[Task]] = {
     ClassificationConfig: Classification,
     ChoiceConfig: Choice,
     GenerationConfig: Generation,
+    ExtractionConfig: Extraction,
 }
 
 
@@ -88,4 +94,4 @@ def task_for(
 
 def default_overlong(config: Settings) -> Overlong:
     """Return what happens to an answer that is itself too long, where nobody says: cut for free text, else an error."""
-    return "cut" if isinstance(config, GenerationConfig) else "error"
+    return "cut" if isinstance(config, GenerationConfig | ExtractionConfig) else "error"
