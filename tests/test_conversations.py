@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model, tiny_tokenizer
@@ -270,3 +274,27 @@ def test_a_conversation_that_ends_with_a_question_is_answered_and_not_learnt(tmp
     assert Renderer(Template.parse(PLAIN), gpt2_like(), V).context(record) == RENDERERS["gpt2_like plain"].context(
         record_of([("q", "a"), ("r", "")])
     )
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (
+            [("user", "q"), ("user", "r"), ("assistant", "a")],
+            "turn 2: .* found user; join the two, or remove",
+        ),
+        ([("user", "q")], "has no answer: .* complete the record or remove it"),
+        ([("user", "q"), ("tool", "a")], "turn 2: expected one of the roles .* found 'tool'; rename it"),
+    ],
+)
+def test_broken_conversations_are_one_sentence_in_a_terminal(
+    tmp_path: Path, turns: list[tuple[str, str]], message: str
+) -> None:
+    config = run(tmp_path, PLAIN, [{"messages": [{"role": role, "content": text} for role, text in turns]}])
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    done = subprocess.run(
+        [sys.executable, "-m", "ptune", "train", str(tmp_path / "run.yaml")], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert re.search(rf"rows.jsonl, line 1: messages,? {message}", line)

@@ -23,6 +23,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
 DATA_SETS = {
     "alpaca_zh_bloom.yaml": "alpaca_zh",
+    "conll2003_extraction.yaml": "conll2003",
+    "resume_ner_zh_extraction.yaml": "resume_ner_zh",
     "shopping_categories.yaml": "shopping_zh",
     "sst2_deep.yaml": "sst2",
     "sst2_mini.yaml": "sst2",
@@ -66,8 +68,11 @@ def test_no_two_examples_write_into_one_folder() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_example_fits_its_data_set(name: str, real_data: Path, bloom: Path) -> None:
+def test_an_example_fits_its_data_set(name: str, real_data: Path, bloom: Path, tmp_path: Path) -> None:
     folder = real_data / DATA_SETS.get(name, Path(name).stem)
+    if name == "summaries.yaml":
+        folder, recipe = tmp_path, EXAMPLES.parent / "recipes" / "summaries.py"
+        subprocess.run([sys.executable, recipe, real_data / "text_en", folder], check=True, stdout=subprocess.DEVNULL)
     config = load_config(EXAMPLES / name, {"data.train": str(folder), "data.limit": 30})
     if isinstance(config.task, ClassificationConfig):  # the tiny tokenizer spells words, which may begin one another
         letters = {label: f" {chr(ord('A') + number)}" for number, label in enumerate(config.task.verbalizer)}
