@@ -256,6 +256,8 @@ def test_a_run_in_a_terminal_and_mistakes_that_exit_with_2(tmp_path: Path) -> No
     answer = json.loads(line)
     assert answer["tags"] == RECORD["tags"]
     assert isinstance(answer["spans"], list)
+    said = ptune("predict", tmp_path / "prompt", "John met Ann").stdout
+    assert {"tokens", "text", "spans", "dropped"} < set(json.loads(said))
     config["task"] |= {"separator": ":"}
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     done = ptune("train", tmp_path / "broken.yaml", "--data", tmp_path / "rows.jsonl")

@@ -52,6 +52,8 @@ class Extraction(Generation):
         tokens, text = (record.get(name) for name in (self.config.tokens_field, self.config.text_field))
         if isinstance(tokens, list) and all(isinstance(token, str) and token for token in tokens):
             return Passage.of_tokens(tokens)
+        if isinstance(tokens, str):  # said in words, as a text to predict is
+            return Passage.of_text(tokens)
         if isinstance(text, str) and self.config.tokens_field not in record:
             return Passage.of_text(text)
         known = [str(key) for key in record]
