@@ -231,7 +231,7 @@ def test_a_run_in_a_terminal_and_mistakes_that_exit_with_2(tmp_path: Path) -> No
     }
     for name, given_rows in ({"rows": rows} | bad).items():
         path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in given_rows * 2), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*given_rows, *rows]), encoding="utf-8")
     config: dict[str, Any] = {
         "model": str(tmp_path / "model"),
         "task": {"type": "extraction", "types": TYPES, "max_new_tokens": 8},
@@ -264,7 +264,7 @@ def test_a_run_in_a_terminal_and_mistakes_that_exit_with_2(tmp_path: Path) -> No
     assert done.returncode == 2
     assert "the separator is empty or the colon" in done.stderr
     for name in bad:
-        where = ["--data", tmp_path / f"{name}.jsonl", "--dev", tmp_path / "rows.jsonl"]
+        where = ["--data", tmp_path / f"{name}.jsonl"]
         where += ["--output", tmp_path / name, "--prompt.template", "[P]x {answer}"]
         done = ptune("train", tmp_path / "run.yaml", *where)
         assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
