@@ -18,6 +18,7 @@ from ptune.cli.progress import format_value
 from ptune.comparison import Comparison
 from ptune.reporting import SearchReporter
 from ptune.soft_prompt import SoftPrompt
+from ptune.tasks import Assessment
 
 
 class SearchProgress(SearchReporter):
@@ -75,6 +76,10 @@ class SearchProgress(SearchReporter):
     def warned(self, sentence: str) -> None:
         """Print a warning."""
         self.console.print(f"[yellow]warning:[/] {escape(sentence)}")
+
+    def assessed(self, assessment: Assessment, sentence: str) -> None:
+        """Say at which temperature the best prompt's probabilities are given."""
+        self.console.print(escape(sentence))
 
     def finished(self, prompt: SoftPrompt, progress: RunProgress, comparison: Comparison | None) -> None:
         """Say how far the best prompt's answers are from the bare model's."""
