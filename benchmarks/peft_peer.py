@@ -23,8 +23,8 @@ from torch import Tensor
 from ptune.backbone import Backbone
 from ptune.batch import Batch, Row, collate
 from ptune.config import TrainingConfig
+from ptune.step_plan import StepPlan
 from ptune.tasks import Classification
-from ptune.training import StepPlan
 
 
 class PeftPeer:

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, Qwe
 
 from ptune.backbone import Backbone
 from ptune.batch import IGNORED, Row, collate
+from ptune.context_cache import ContextCache
 from ptune.encoder import PromptEncoder
 from ptune.prompted_model import PromptedModel
 
@@ -125,7 +126,7 @@ class Ours:
 
     def keep(self, rows: list[tuple[list[int], int]]) -> None:
         """Run the texts once, as the first epoch does."""
-        self.prompted.backbone.plans.prepare([ids[:-answered] for ids, answered in rows], 10**10)
+        self.prompted.backbone.plans.prepare([ids[:-answered] for ids, answered in rows], ContextCache(10**10))
 
 
 def row(ids: list[int], answered: int) -> Row:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ptune.candidates import SearchConfig
 from ptune.config import DataConfig, EncoderConfig, ModelConfig, PromptConfig, RunConfig, StartConfig, TrainingConfig
 from ptune.task_config import TASK_CONFIGS
 
@@ -22,6 +23,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "prompt.encoder": EncoderConfig,
     "prompt.start": StartConfig,
     "training": TrainingConfig,
+    "search, for `ptune search` alone": SearchConfig,
 }
 
 INTRODUCTION = """# Settings
@@ -31,7 +33,7 @@ must be given. On the command line each goes by its name: `--training.learning_r
 where the last part is unique. A name that does not exist is refused with the nearest right one, and all mistakes are
 reported at once.
 
-Made from `src/ptune/config.py` and `src/ptune/task_config.py`.
+Made from `src/ptune/config.py`, `src/ptune/task_config.py` and `src/ptune/candidates.py`.
 """
 
 REASONS = """

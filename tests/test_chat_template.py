@@ -49,7 +49,10 @@ def test_ids_are_those_of_the_chat_template(system: str | None) -> None:
 
 def test_virtual_tokens_within_the_message_stay_there() -> None:
     template = in_chat(Template.parse("[P*2]Say: {text}[P*3]{answer}"), chatting_tokenizer())
-    assert template.source == "[P*2]<[[user]]>\nSay: {text}[P*3]</s>\n<[[assistant]]>\n{answer}"
+    assert template.source == (
+        "[P*2]<[[user]]>\nSay: {text}[P*3]</s>\n<[[assistant]]>\n{answer}"
+        "[next]</s>\n<[[user]]>\nSay: {text}</s>\n<[[assistant]]>\n{answer}"
+    )
 
 
 def test_a_beginning_token_of_the_chat_template_is_not_said_twice() -> None:

@@ -30,7 +30,8 @@ from ptune.generation import GenerationOptions, generate
 from ptune.soft_prompt import SoftPrompt
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
-COMMANDS = ["train", "eval", "predict", "generate", "inspect", "report", "list", "import", "demo"]
+COMMANDS = ["train", "search", "eval", "predict", "generate", "inspect", "report"]
+COMMANDS += ["list", "import", "cache", "demo"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
 
 
@@ -212,22 +213,23 @@ def test_a_chat_forgets_its_oldest_turns_at_the_context_limit(engine: Engine) ->
     backbone = engine.backbone
     chat = Chat(engine, "answerer", options := GenerationOptions(max_new_tokens=10))
     first = engine.prompts["answerer"].first_virtual_id
-    turns: list[tuple[str, tuple[int, ...]]] = []
+    turns: list[tuple[str, str]] = []
     kept = []
     for number in range(12):
         question = f"Human: {number} and what of the {WORDS[number % 8]}?\n\nAssistant: "
         for start in range(number + 1):  # the longest history that leaves room for an answer
             told = turns[start:]
             ids = [first, first + 1, first + 2]
-            for words, answer in told:
-                ids += backbone.tokenizer(words)["input_ids"] + list(answer) + backbone.tokenizer("\n\n")["input_ids"]
-            ids += backbone.tokenizer(question)["input_ids"]
+            for place, (words, answer) in enumerate([*told, (question, "")]):
+                ids += backbone.tokenizer(f"\n\n{words}" if place else words)["input_ids"]
+                if place < len(told):
+                    ids += [*backbone.tokenizer(answer)["input_ids"], backbone.tokenizer.eos_token_id]
             if len(ids) + 10 <= 256:
                 break
         expected = generate(backbone, [ids], options)[0]
         said = chat.say({"text": f"{number} and what of the {WORDS[number % 8]}?", "more": ""})
         assert said == expected
-        turns.append((question, said.ids))
+        turns.append((question, said.text))
         kept.append(len(told))
     assert kept[0] == 0
     assert kept[1] == 1

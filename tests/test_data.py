@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ptune.conversations import Exchange
 from ptune.data import Record, data_hash, has_split, load_records, split_dev
 from ptune.errors import DataError
 
@@ -433,18 +435,31 @@ def test_alpaca_records_need_no_mapping_and_get_an_empty_input(tmp_path: Path) -
     ("turns", "expected"),
     [
         ([("human", "q"), ("gpt", "a")], ("", "q", "a")),
-        ([("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "q2"), ("assistant", "a2")], ("s", "q", "a")),
-        ([("gpt", "hello"), ("human", "cut"), ("human", "q"), ("gpt", "a")], ("", "q", "a")),
+        ([("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "q2"), ("assistant", "a2")], ("s", "q2", "a2")),
+        ([("human", "q"), ("gpt", "a"), ("human", "q2")], ("", "q2", None)),
     ],
 )
-def test_a_conversation_gives_its_first_question_and_answer(
-    tmp_path: Path, turns: list[tuple[str, str]], expected: tuple[str, str, str]
+def test_a_conversation_gives_its_last_question_and_answer_and_what_was_said_before(
+    tmp_path: Path, turns: list[tuple[str, str]], expected: tuple[str, str, str | None]
 ) -> None:
     share = [{"from": name, "value": text} for name, text in turns]
     chat = [{"role": name, "content": text} for name, text in turns]
     path = write(tmp_path / "a.jsonl", json_lines([{"conversations": share}, {"messages": chat}]))
-    filled = dict(zip(("system", "instruction", "output"), expected, strict=True)) | {"input": ""}
-    assert load_records(path) == [{"conversations": share, **filled}, {"messages": chat, **filled}]
+    filled: dict[str, Any] = dict(zip(("system", "instruction", "output"), expected, strict=True)) | {"input": ""}
+    if filled["output"] is None:
+        del filled["output"]
+    records = load_records(path)
+    assert records == [{"conversations": share, **filled}, {"messages": chat, **filled}]
+    before = (Exchange({"instruction": "q"}, "a"),) if len(turns) > 2 else ()
+    assert [record.history for record in records] == [before, before]
+    assert [record.open_question for record in records] == [expected[2] is None] * 2
+
+
+def test_a_question_under_another_name_is_so_in_the_whole_conversation(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    path = write(tmp_path / "a.jsonl", json_lines([{"messages": turns}]))
+    (record,) = load_records(path, fields={"text": "instruction"})
+    assert (record["text"], record.history) == ("c", (Exchange({"instruction": "a", "text": "a"}, "b"),))
 
 
 def test_columns_beside_a_conversation_are_kept(tmp_path: Path) -> None:
@@ -455,21 +470,37 @@ def test_columns_beside_a_conversation_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("turns", "found"),
+    ("turns", "message"),
     [
-        ([], "no turn"),
-        ([{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}], "gpt, human"),
-        ([{"from": "human", "value": None}, {"from": "gpt", "value": "a"}], "human, gpt"),
+        (
+            [],
+            "has no answer: expected a user's turn and an assistant's behind it, .* no turn; complete the record",
+        ),
+        ([("human", "q")], "has no answer: .* and found human; complete the record or remove it"),
+        ([("system", "s"), ("human", "q")], "has no answer: .* and found system, human; complete"),
+        (
+            [("gpt", "a"), ("human", "q")],
+            "turn 1: expected a turn of human or user at the beginning and found gpt; remove",
+        ),
+        ([("human", "q"), ("human", "r")], "turn 2: expected .* behind a question and found human; join the two, or"),
+        (
+            [("human", "q"), ("gpt", "a"), ("gpt", "b")],
+            "turn 3: expected .* behind an answer and found gpt; remove it, or",
+        ),
+        ([("human", "q"), ("system", "s")], "turn 2: .* found system; move it to the front, or remove the record"),
+        (
+            [("human", "q"), ("assitant", "a")],
+            "turn 2: expected one of the roles human, .*'assitant'.*mean \"assistant\"",
+        ),
+        ([("human", None), ("gpt", "a")], "turn 1: expected text and found NoneType; write what human says, or remove"),
     ],
 )
-def test_a_conversation_without_question_and_answer_is_refused(
-    tmp_path: Path, turns: list[dict[str, Any]], found: str
+def test_turns_that_make_no_conversation_are_refused(
+    tmp_path: Path, turns: list[tuple[str, str | None]], message: str
 ) -> None:
-    path = write(tmp_path / "a.jsonl", "\n" + json_lines([{"conversations": turns}]))
-    assert fails(path) == (
-        f"{path}, line 2: expected in conversations a turn from human or user with text, followed by one from gpt or "
-        f"assistant, and found {found}; complete or remove it."
-    )
+    said = [{"from": role, "value": text} for role, text in turns]
+    path = write(tmp_path / "a.jsonl", "\n" + json_lines([{"conversations": said}]))
+    assert re.match(rf"^{re.escape(str(path))}, line 2: conversations,? {message}", fails(path))
 
 
 @pytest.mark.parametrize(

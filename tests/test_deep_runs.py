@@ -30,8 +30,9 @@ from ptune.errors import BackboneError, ConfigError, SoftPromptError, TemplateEr
 from ptune.peft_format import read_peft_adapter
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt, import_peft
+from ptune.stopping import Stopped
 from ptune.task_config import GenerationConfig
-from ptune.training import Stopped, train
+from ptune.training import train
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}

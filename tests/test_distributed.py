@@ -24,7 +24,8 @@ from ptune.training import train
 SCRIPT = """
 import sys
 from ptune.config_file import load_config
-from ptune.training import Stopped, train
+from ptune.stopping import Stopped
+from ptune.training import train
 try:
     train(load_config(sys.argv[1]), resume=sys.argv[2] == "resume")
 except Stopped:

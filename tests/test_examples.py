@@ -27,6 +27,8 @@ DATA_SETS = {
     "conll2003_bert.yaml": "conll2003",
     "entity_types.yaml": "conll2003",
     "fewglue_rte_linear.yaml": "fewglue_rte",
+    "conll2003_extraction.yaml": "conll2003",
+    "resume_ner_zh_extraction.yaml": "resume_ner_zh",
     "shopping_categories.yaml": "shopping_zh",
     "sst2_deep.yaml": "sst2",
     "sst2_mini.yaml": "sst2",
@@ -75,6 +77,9 @@ def test_an_example_fits_its_data_set(name: str, real_data: Path, bloom: Path, t
     if name == "entity_types.yaml":
         subprocess.run([sys.executable, EXAMPLES / "data" / "entity_types.py", folder, tmp_path], check=True)
         folder = tmp_path
+    if name == "summaries.yaml":
+        folder, recipe = tmp_path, EXAMPLES.parent / "recipes" / "summaries.py"
+        subprocess.run([sys.executable, recipe, real_data / "text_en", folder], check=True, stdout=subprocess.DEVNULL)
     config = load_config(EXAMPLES / name, {"data.train": str(folder), "data.limit": 30})
     if isinstance(config.task, ClassificationConfig):  # the tiny tokenizer spells words, which may begin one another
         letters = {label: f" {chr(ord('A') + number)}" for number, label in enumerate(config.task.verbalizer)}

@@ -11,6 +11,7 @@ from tiny_models import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ptune.conversations import Exchange
 from ptune.merging.chat_template import TaskShape, Words, chat_template, kwarg_of
 from ptune.merging.probes import chat_kwargs, ids_agree, probe_records
 from ptune.merging.tokenizer_files import (
@@ -21,6 +22,7 @@ from ptune.merging.tokenizer_files import (
     token_names,
     write_chat_template,
 )
+from ptune.readers import Record
 from ptune.rendering import Renderer
 from ptune.template import Template
 
@@ -69,7 +71,7 @@ class Folder:
         for name, template in parsed.items():
             self.renderers[name] = Renderer(template, tokenizer, 1000, first_virtual_id=1000 + start)
             self.ids[name] = on_disk[start : start + template.num_virtual_tokens]
-            shapes[name] = TaskShape(self.renderers[name].pieces, start)
+            shapes[name] = TaskShape(self.renderers[name].pieces, start, self.renderers[name].further)
             start += template.num_virtual_tokens
         bos = as_text(tokenizer, next((each.opening for each in self.renderers.values() if each.opening), ()))
         opening = as_text(tokenizer, opening_ids(tokenizer))
@@ -153,7 +155,30 @@ def test_a_conversation_carries_the_virtual_tokens_in_its_first_turn(tmp_path: P
     folder = Folder(tmp_path, with_bos(), TEMPLATES)
     said = folder.render("one", "two", "three", task="chat")
     opening = "".join(f"{MARK}:{number}|>" for number in range(3)) + "<s>"
-    assert said == f"{opening}Human: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: "
+    assert said == f"{opening}Human: one\n\nAssistant: two</s>\n\nHuman: three\n\nAssistant: "
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer, with_bos])
+def test_a_conversation_has_the_ids_of_the_rendering(tokenizer: Any, tmp_path: Path) -> None:
+    templates = {
+        "chat": TEMPLATES["chat"],
+        "film": TEMPLATES["film"],
+        "system": "[P*2]{system}\n\nQ: {text}\nA: {answer}",
+        "next": "[P*2]Q: {text}\nA: {answer}[next]<unk>\nAnd: {text}\nA: {answer}",
+    }
+    folder = Folder(tmp_path, tokenizer(), templates)
+    said = ["Name a fruit?", "An apple.", "  Another? ", "A plum.", "One more!"]
+    for name, renderer in folder.renderers.items():
+        field = renderer.template.question_field or ""
+        record = Record({field: said[-1], "system": "Be kind."})
+        record.history = tuple(Exchange({field: said[n]}, said[n + 1]) for n in (0, 2))
+        given = {"system": "Be kind."} if name == "system" else {}
+        text = folder.render(*said, task=name, **given)
+        found = folder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        first = renderer.first_virtual_id
+        expected = [folder.ids[name][i - first] if i >= 1000 else i for i in renderer.context(record)]
+        assert folder.tokenizer.decode(found) == folder.tokenizer.decode(expected)
+        assert found == expected, name
 
 
 @pytest.mark.parametrize(

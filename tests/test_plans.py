@@ -13,6 +13,7 @@ from torch import Tensor
 from ptune.backbone import Backbone
 from ptune.batch import IGNORED
 from ptune.config import EncoderConfig
+from ptune.context_cache import ContextCache
 from ptune.encoder import PromptEncoder, build_encoder
 from ptune.plans import Plans, length_groups
 from ptune.prompted_model import PromptedModel
@@ -218,11 +219,11 @@ def test_contexts_that_are_kept_give_the_same(family: str) -> None:
         expected = loss_and_gradients(prompted, "reference", data)
         plans = prompted.backbone.plans
         contexts = [row[: length - P - 2] for row, length in zip(ids.tolist(), mask.sum(-1), strict=True)]
-        plans.prepare(contexts, 10**9)
+        plans.prepare(contexts, ContextCache(10**9))
         assert len(plans.contexts) == 3
         room_for_one = plans.contexts.bytes * len(contexts[0]) // sum(map(len, contexts))
         for budget, kept in ((10**9, 3), (room_for_one, 1), (0, 0)):
-            plans.prepare(contexts, budget)
+            plans.prepare(contexts, ContextCache(budget))
             assert len(plans.contexts) == kept
             assert plans.contexts.bytes <= budget
             assert_same(loss_and_gradients(prompted, "auto", data), expected, 1e-9)
@@ -238,7 +239,7 @@ def test_a_kept_context_is_not_run_again() -> None:
         prompted(ids, mask, labels=labels)
         first, read[:] = sum(read), []
         contexts = [row[: n - P - 2] for row, n in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)]
-        prompted.backbone.plans.prepare(contexts, 10**9)
+        prompted.backbone.plans.prepare(contexts, ContextCache(10**9))
         read[:] = []
         prompted(ids, mask, labels=labels)
         assert sum(read) == 3 * (P + 2)
@@ -289,3 +290,54 @@ def test_what_no_plan_gives_goes_by_the_reference() -> None:
     narrow.logits(*(tensor[:, :20] for tensor in (ids % 340, mask)), torch.ones_like(mask[:, :20]).bool())
     assert narrow.plans.last == "reference"
     assert isinstance(mistral.encoder, PromptEncoder)
+
+
+def several_prompts(
+    family: str, shape: Shape, dtype: torch.dtype = torch.float64
+) -> tuple[Backbone, list[PromptedModel], tuple[Tensor, ...]]:
+    """Three prompts of differing length on one backbone, four rows of each in one batch."""
+    backbone = Backbone(tiny_model(family, dtype=dtype), tiny_tokenizer(), family)
+    prompts, rows = [], []
+    generator = torch.Generator().manual_seed(3)
+    for number, count in enumerate((3, 6, 4)):
+        initial = backbone.embeddings(torch.arange(30 + number, 30 + number + count))
+        encoder = build_encoder(EncoderConfig(type="mlp", hidden_size=8, residual=False), initial, number).to(dtype)
+        prompts.append(PromptedModel(backbone, encoder))
+        virtual = [prompts[-1].first_virtual_id + place for place in range(count)]
+        for length in (24, 14, 11, 17):
+            rows.append(shape(torch.randint(4, 340, (length,), generator=generator).tolist(), virtual))
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = torch.tensor(row), 1
+        labels[number, len(row) - 2 : len(row)] = torch.tensor(row[-2:])
+    return backbone, prompts, (ids, mask, labels)
+
+
+@pytest.mark.parametrize("name", ["in front", "behind"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_several_prompts_in_one_batch_share_what_they_have_in_common(family: str, name: str) -> None:
+    def gradients(plan: str) -> list[Tensor]:
+        backbone.plan = plan  # type: ignore[assignment]
+        for prompted in prompts:
+            prompted.encoder.zero_grad()
+            prompted.use(prompted.train().rows())
+        ids, mask, labels = data
+        loss = backbone(ids, mask, labels=labels)
+        loss.backward()
+        grads = [p.grad.clone() for one in prompts for p in one.encoder.parameters() if p.grad is not None]
+        return [loss.detach(), *grads]
+
+    backbone, prompts, data = several_prompts(family, SHAPES[name][1])
+    expected = gradients("reference")
+    ours = gradients("auto")
+    in_front = "shared prefix" if family == "bloom" else "packed rows"
+    assert backbone.plans.last == (in_front if name == "in front" else "frozen context")
+    assert_same(ours, expected, 1e-9)
+
+
+def test_a_batch_of_several_prompts_costs_less_than_its_padded_rows() -> None:
+    backbone, _, (ids, mask, _) = several_prompts("llama", SHAPES["in front"][1])
+    choice = backbone.plans.choose(ids, mask, torch.zeros_like(mask, dtype=torch.bool))
+    assert choice.tokens == int(mask.sum()) - 3 * (2 + 5 + 3)  # all but the last virtual token once, not four times
+    assert choice.tokens < ids.numel()

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ptune.batch import IGNORED, Row
 from ptune.errors import DataError, TemplateError
+from ptune.preview import preview
 from ptune.readers import Record
 from ptune.rendering import Overlong, Renderer
 from ptune.template import Bos, Optional, Template, escape
@@ -388,12 +389,12 @@ def test_rows_that_are_tokenised_already_keep_to_the_limits() -> None:
 
 def test_a_preview_decodes_back_what_the_model_reads() -> None:
     tutorial = renderer("[P*2]Human: {instruction}\n{answer}")
-    segments = tutorial.preview(tutorial.row({"instruction": "Walk"}, "Yes"))
+    segments = preview(tutorial, tutorial.row({"instruction": "Walk"}, "Yes"))
     assert [(segment.kind, segment.text) for segment in segments] == [
         ("virtual", "[P0][P1]"),
         ("text", "Human: Walk\n"),
         ("answer", "Yes</s>"),
     ]
     review = renderer("{text}[P]{answer}")
-    words_alone = review.preview(review.row({"text": "Walk"}, " great", end=False))
+    words_alone = preview(review, review.row({"text": "Walk"}, " great", end=False))
     assert [segment.kind for segment in words_alone] == ["text", "virtual", "answer"]

@@ -102,8 +102,6 @@ def test_a_conversation_follows_the_rule_of_chat(served: Served, alone: Engine) 
         answer = served.openai.chat.completions.create(model="answer", messages=messages)
         expected = chat.say({"instruction": text})
         assert answer.choices[0].message.content == expected.text
-        if list(expected.ids) != alone.backbone.tokenizer(expected.text, add_special_tokens=False)["input_ids"]:
-            break  # said again as a text, it is other tokens
         messages.append({"role": "assistant", "content": expected.text})
     assert answer.choices[0].finish_reason in ("stop", "length")
 

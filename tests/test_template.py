@@ -72,7 +72,7 @@ def test_escaped_text_is_that_text(text: str) -> None:
         ("[bos][bos]{answer}", "[bos] stands once in a template, and twice in '[bos][bos]{answer}'; leave one out"),
         (
             "a[P*3 {answer}",
-            "template, character 2: this [ is no part of [P*10], [bos] or [?...{field}]; "
+            "template, character 2: this [ is no part of [P*10], [bos], [next] or [?...{field}]; "
             "write [[ for the bracket itself",
         ),
         ("a]{answer}", "template, character 2: a lone ] closes nothing; write ]] for the bracket itself"),

@@ -29,7 +29,9 @@ from ptune.engine import Engine
 from ptune.errors import ConfigError, DataError, MissingExtraError, OutputError, SoftPromptError, TrainingError
 from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
-from ptune.training import StepPlan, Stopped, train
+from ptune.step_plan import StepPlan
+from ptune.stopping import Stopped
+from ptune.training import train
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 

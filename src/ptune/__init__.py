@@ -23,6 +23,7 @@ _HOMES = {
     "PtuneError": "errors",
     "Reporter": "reporting",
     "RunConfig": "config",
+    "SearchConfig": "candidates",
     "SoftPrompt": "soft_prompt",
     "SoftPromptError": "errors",
     "Template": "template",
@@ -33,6 +34,7 @@ _HOMES = {
     "load_records": "data",
     "merge_prompts": "merging.merge",
     "prompted": "drop_in",
+    "search": "searching",
     "train": "training",
 }
 
@@ -40,6 +42,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from ptune.backbone import Backbone as Backbone
+    from ptune.candidates import SearchConfig as SearchConfig
     from ptune.config import RunConfig as RunConfig
     from ptune.config_file import load_config as load_config
     from ptune.data import load_records as load_records
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from ptune.merging.merge import merge_prompts as merge_prompts
     from ptune.prompted_model import PromptedModel as PromptedModel
     from ptune.reporting import Reporter as Reporter
+    from ptune.searching import search as search
     from ptune.soft_prompt import SoftPrompt as SoftPrompt
     from ptune.template import Template as Template
     from ptune.training import train as train

@@ -28,7 +28,10 @@ from ptune.soft_prompt import SoftPrompt
 from ptune.task_config import ClassificationConfig, LinearClassificationConfig, head_outputs
 from ptune.tasks import Example, Task, completed, task_for
 from ptune.tasks.reading import ReadingTask
-from ptune.template import Template
+from ptune.template import SYSTEM, Template
+
+_EXAMPLES_FOR_SCALE = 8
+"""How many training examples show how large hidden states are."""
 
 _EXAMPLES_FOR_SCALE = 8
 """How many training examples show how large hidden states are."""
@@ -88,7 +91,7 @@ def assemble(
             if not usable:
                 limit = config.prompt.max_length
                 raise DataError(f"all {given} {what} records are longer than max_length {limit}; raise it")
-        notes = [*_missing_labels(config, train, dev), *_left_out_turns(train)]
+        notes = [*_missing_labels(config, train, dev), *_of_conversations(train, examples, template)]
         if isinstance(task, ReadingTask) and task.reads_states:
             head, note = build_head(config, task, prompted, examples)
             task.head = prompted.head = head.to(backbone.device)
@@ -201,19 +204,20 @@ def read_records(config: RunConfig, template: Template) -> tuple[list[Record], l
     data = config.data
     if data.train is None:
         raise ConfigError('"data.train" is missing: a file, a folder or a Hub name')
+    seed = config.training.seed if data.split_seed is None else data.split_seed
     train = load_records(data.train, split="train", fields=data.fields, limit=data.limit)
     held_out = data.dev or (data.train if has_split(data.train, "dev") else None)
     if held_out is not None:
         dev = load_records(held_out, split="dev", fields=data.fields)
     else:
         # what counts as the same text is what the template shows of it
-        train, dev = split_dev(train, data.dev_fraction, data.dev_limit, config.training.seed, fields=template.fields)
+        train, dev = split_dev(train, data.dev_fraction, data.dev_limit, seed, fields=template.fields)
     if data.shots is not None and isinstance(config.task, ClassificationConfig | LinearClassificationConfig):
-        label, seed = config.task.label_field, config.training.seed
+        label = config.task.label_field
         train = draw_shots(train, label, data.shots, seed, exact=True)
         dev = draw_shots(dev, label, data.shots, seed)
     if data.dev_limit is not None and len(dev) > data.dev_limit:
-        dev = draw(dev, data.dev_limit, config.training.seed)  # not the first ones: files are often sorted by label
+        dev = draw(dev, data.dev_limit, seed)  # not the first ones: files are often sorted by label
     return train, dev
 
 
@@ -262,7 +266,17 @@ def _missing_labels(config: RunConfig, train: Sequence[Record], dev: Sequence[Re
             )
 
 
-def _left_out_turns(train: Sequence[Record]) -> Iterator[str]:
-    count = sum(getattr(record, "turns_left_out", 0) for record in train)
-    if count:
-        yield f"{count} later answers of conversations are left out: the first question and answer of each are used"
+def _of_conversations(train: Sequence[Record], examples: Sequence[Example], template: Template) -> Iterator[str]:
+    if any(record.history for record in train if isinstance(record, Record)):
+        shortened = [row.left_out for example in examples for row in example.rows if row.left_out]
+        if shortened:
+            yield (
+                f"{sum(shortened)} exchanges of {len(shortened)} conversations, the oldest of each, are too long and "
+                "left out; raise max_length to keep more"
+            )
+    spoken = sum(isinstance(record.get(SYSTEM), str) and bool(record[SYSTEM].strip()) for record in train)
+    if spoken and SYSTEM not in template.fields:
+        yield (
+            f"{spoken} records have a system message that the template does not show; name {{{SYSTEM}}} in it, or in "
+            "prompt.system beside chat: true"
+        )

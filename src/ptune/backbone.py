@@ -31,9 +31,10 @@ from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length,
 from ptune.fingerprint import fingerprint, same_backbone, sampled_ids
 from ptune.loading import check_folder, check_tokenizer, find_device, first_position, quantization_config
 from ptune.losses import next_token_labels, summed_loss
+from ptune.openings import context_of
 from ptune.output_head import OutputHead, Wanted
 from ptune.packed_attention import Packing, packed_attention
-from ptune.plans import Plans, context_of
+from ptune.plans import Plans
 from ptune.recomputation import recompute_layers, recomputing
 from ptune.virtual_tokens import VirtualTokens, deep_prompts_of, input_embedding, input_matrix
 
@@ -79,7 +80,7 @@ class Backbone:
             check_tokenizer(tokenizer, self.vocabulary_size, self.kind, name)
         self._cached_length = cached_length(model.config) if self.kind is CAUSAL else 0
         packs = self.kind is CAUSAL and may_pack(model.config)
-        self.plans = Plans(self._run, self.vocabulary_size, lambda: self.device, may_pack=packs)
+        self.plans = Plans(self._run, self.vocabulary_size, lambda: self.device, lambda: self.dtype, may_pack=packs)
         self.head = OutputHead(model)
         self.plan: Literal["auto", "reference"] = "auto"
         _self_test(self)
@@ -185,18 +186,18 @@ class Backbone:
             BackboneError: an encoder-decoder is asked for all positions.
         """
         if columns is None:
-            return self._outputs(input_ids, attention_mask, positions)
-        if positions is not None and self._may_withhold:
-            return self.head.logits(self._outputs(input_ids, attention_mask, positions, "head inputs"), columns)
-        logits = self._outputs(input_ids, attention_mask, positions)
+            return self.outputs(input_ids, attention_mask, positions)
+        if positions is not None and self.may_withhold:
+            return self.head.logits(self.outputs(input_ids, attention_mask, positions, "head inputs"), columns)
+        logits = self.outputs(input_ids, attention_mask, positions)
         return logits[..., columns.to(logits.device)]
 
     @property
-    def _may_withhold(self) -> bool:
+    def may_withhold(self) -> bool:
         """Whether hidden states will do in place of logits."""
         return self.plan != "reference" and self.head.plain
 
-    def _outputs(
+    def outputs(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None, wanted: Wanted = "logits"
     ) -> Tensor:
         """Return logits as `logits` does, or hidden states ``[N, H]``."""
@@ -209,7 +210,7 @@ class Backbone:
             run = functools.partial(self._run, wanted=wanted)
             self.plans.note("reference", "a deep prompt stands before the text at every layer")
             return logits_behind(deep, run, input_ids, attention_mask, positions, self.dtype)
-        hindrance = "logits of all positions are wanted" if positions is None else self._hindrance(input_ids.shape[1])
+        hindrance = "logits of all positions are wanted" if positions is None else self.hindrance(input_ids.shape[1])
         if positions is not None and hindrance is None:
             return self.plans.outputs(input_ids, attention_mask, positions, wanted)
         self.plans.note("reference", str(hindrance))
@@ -218,22 +219,18 @@ class Backbone:
             logits: Tensor = self.model(**arguments).logits
         return logits if wanted == "logits" else taken[0]
 
-    def keep_contexts(self, rows: Iterable[Sequence[int]], budget: int) -> ContextCache:
+    def keep_contexts(self, rows: Iterable[Sequence[int]], kept: ContextCache) -> None:
         """Run what stands before the first virtual token of rows once, where a plan will read it again and again.
 
         Args:
             rows: ids of each.
-            budget: bytes of keys and values that may be kept; those before are forgotten.
-
-        Returns:
-            What is kept: nothing where only the reference plan gives the same numbers.
+            kept: where they are kept, in place of those before: nothing where only the reference plan will do.
         """
-        planned = [ids for ids in rows if self._hindrance(len(ids)) is None and not self._recomputed]
+        planned = [ids for ids in rows if self.hindrance(len(ids)) is None and not self._recomputed]
         contexts = (context_of(ids, self.vocabulary_size) for ids in planned)
-        self.plans.prepare([ids for ids in contexts if ids], budget)
-        return self.plans.contexts
+        self.plans.prepare([ids for ids in contexts if ids], kept)
 
-    def _hindrance(self, tokens: int) -> str | None:
+    def hindrance(self, tokens: int) -> str | None:
         """Return what forbids other plans than the reference for rows of so many tokens; None where nothing does."""
         if self.plan == "reference":
             return "training.plan says so"
@@ -256,7 +253,7 @@ class Backbone:
         wanted: Wanted = "logits",
         packing: Packing | None = None,
     ) -> tuple[Tensor, DynamicCache | None]:
-        """Run the model on what follows ``past``: what `Plans` are made of; see `ptune.plans.Run`."""
+        """Run the model on what follows ``past``: what `Plans` are made of; see `ptune.passes.Run`."""
         arguments: dict[str, Any] = self.inputs(input_ids, attention_mask)
         if packing is not None:
             arguments |= {"position_ids": packing.places + self._first_position, "packing": packing}
@@ -307,13 +304,13 @@ class Backbone:
             backbone is): divide it by their number, or by that of a whole accumulation window. Else `logits`.
         """
         if states:
-            return self._outputs(input_ids, attention_mask, positions, "final states")
+            return self.outputs(input_ids, attention_mask, positions, "final states")
         if labels is None:
             return self.logits(input_ids, attention_mask, positions, columns)
         wanted = labels if self.kind is MASKED else next_token_labels(labels)
         supervised = wanted != IGNORED
-        if self._may_withhold:
-            inputs = self._outputs(input_ids, attention_mask, supervised, "head inputs")  # [N, H]
+        if self.may_withhold:
+            inputs = self.outputs(input_ids, attention_mask, supervised, "head inputs")  # [N, H]
             return self.head.loss(inputs, wanted[supervised])
         logits = self.logits(input_ids, attention_mask, supervised)  # [N, V]
         return summed_loss(logits, wanted[supervised].to(logits.device))

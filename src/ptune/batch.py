@@ -29,12 +29,14 @@ class Row:
         labels: of the same length: the id itself where it is learnt, `IGNORED` elsewhere.
         cut: how many text tokens were left out.
         read_at: places that a task reads, in order, where labels do not say.
+        left_out: how many exchanges of a conversation, the oldest, had no room.
     """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     cut: int = 0
     read_at: Sequence[int] = ()
+    left_out: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from ptune.assembly import Parts
 from ptune.backbone import Backbone
 from ptune.generation import GenerationOptions, generate
-from ptune.task_config import GenerationConfig
-from ptune.tasks import Task
+from ptune.tasks import Extraction, Generation, Task
 
 _QUESTION = "Which animals live in the sea?"
 _NEW_TOKENS = 32
@@ -53,13 +52,15 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
     if not task.renderer.template.fields:
         return None
     bare = task.with_renderer(task.renderer.without_virtual_tokens())
-    writes = isinstance(task.config, GenerationConfig)
+    writes = isinstance(task, Generation)
     records = parts.dev[: _WRITTEN if writes else _SCORED]
     with_prompt, without = (one.predict(backbone, records, batch_size=len(records)) for one in (task, bare))
     pairs = list(zip(with_prompt, without, strict=True))
     if writes:
         changed = sum(one["text"] != other["text"] for one, other in pairs)
-        return Comparison(changed, len(records), off_task=_off_task(task, bare, backbone))
+        # entities are asked of a text that a record holds, so there is no question off the task
+        off_task = None if isinstance(task, Extraction) else _off_task(task, bare, backbone)
+        return Comparison(changed, len(records), off_task=off_task)
     changed = sum(one[task.answer_key] != other[task.answer_key] for one, other in pairs)
     if "probabilities" not in with_prompt[0]:
         return Comparison(changed, len(records))
@@ -71,8 +72,8 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
 
 
 def _off_task(task: Task, bare: Task, backbone: Backbone) -> tuple[str, str, str]:
-    fields = task.renderer.template.fields
-    question = dict.fromkeys(fields, "") | {fields[0]: _QUESTION}
+    template = task.renderer.template
+    question = dict.fromkeys(template.fields, "") | {template.question_field or "": _QUESTION}
     contexts = [one.renderer.question(question, _NEW_TOKENS) for one in (bare, task)]
     answers = generate(backbone, contexts, GenerationOptions(max_new_tokens=_NEW_TOKENS))
     return _QUESTION, answers[0].text, answers[1].text

@@ -56,6 +56,9 @@ class DataConfig(Settings):
     dev_fraction: float = Field(0.1, gt=0, lt=1, description="Share of train that is held out where dev is absent.")
     dev_limit: int | None = Field(1000, gt=0, description="At most so many records are used for dev.")
     limit: int | None = Field(None, gt=0, description="Use only the first so many training records.")
+    split_seed: int | None = Field(
+        None, ge=-(2**31), lt=2**32, description="Of what is drawn: dev, shots; training.seed where absent."
+    )
     shots: int | None = Field(
         None, gt=0, description="Few-shot: only so many training records a label, drawn by the seed; of dev no more."
     )
@@ -187,6 +190,12 @@ class TrainingConfig(Settings):
     context_cache: str = Field(
         "2GB", description="Room for keys and values of text before the virtual tokens, kept over epochs; 0 for none."
     )
+    context_cache_disk: str = Field(
+        "0", description="Room on disk for the same, which later runs find again; the folder is PTUNE_CACHE."
+    )
+    context_cache_dtype: Literal["backbone", "bfloat16"] = Field(
+        "backbone", description="Of what is kept; bfloat16 halves a float32 backbone's, and rounds."
+    )
     gradient_checkpointing: bool = Field(False, description="Less memory, more time: recompute activations.")
     logging_steps: int = Field(10, gt=0, description="Optimizer steps between two lines of the log.")
     evaluations: int = Field(
@@ -204,12 +213,17 @@ class TrainingConfig(Settings):
         """The room for kept contexts in bytes."""
         return _bytes(self.context_cache)
 
+    @property
+    def context_cache_disk_bytes(self) -> int:
+        """The room on disk in bytes."""
+        return _bytes(self.context_cache_disk)
+
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_text(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare `no` as a boolean
 
-    @field_validator("context_cache", mode="before")
+    @field_validator("context_cache", "context_cache_disk", mode="before")
     @classmethod
     def _a_size(cls, value: Any) -> Any:
         _bytes(str(value))

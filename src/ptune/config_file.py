@@ -29,6 +29,15 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: no such file, no YAML, or settings that are unknown, missing or contradict each other: all at once.
     """
+    return parse_config(read_values(path), overrides, source=str(path))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """Return what a YAML file of settings holds, not checked yet.
+
+    Raises:
+        ConfigError: no such file, no YAML, or something else than settings.
+    """
     path = Path(path)
     if not path.is_file():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -39,7 +48,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise ConfigError(f'"{path}" is no readable YAML: {" ".join(str(error).split())}') from error
     if not isinstance(values, dict):
         raise ConfigError(f'"{path}" should hold settings as `name: value`, and holds {type(values).__name__}')
-    return parse_config(values, overrides, source=str(path))
+    return values
 
 
 def parse_config(
@@ -50,15 +59,21 @@ def parse_config(
     Raises:
         ConfigError: as `load_config`.
     """
-    merged = _deep_copy(values)
-    for name, value in (overrides or {}).items():
-        _put(merged, name.split("."), value)
+    merged = with_overrides(values, overrides or {})
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         mistakes = [_sentence(entry, merged) for entry in error.errors()]
         listed = mistakes[0] if len(mistakes) == 1 else "".join(f"\n  - {mistake}" for mistake in mistakes)
         raise ConfigError(f"{source}: {listed}") from None
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of nested values with others put in at dotted names."""
+    merged = _deep_copy(values)
+    for name, value in overrides.items():
+        _put(merged, name.split("."), value)
+    return merged
 
 
 def override(name: str) -> str:
@@ -104,7 +119,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{name} needs a value")
             value = rest.pop(0)
         full = override(name)
-        overrides[full] = _typed_value(full, value)
+        overrides[full] = typed_value(full, value)
     return overrides
 
 
@@ -131,7 +146,12 @@ def _leaves_of(prefix: str, annotation: Any) -> Iterator[tuple[str, Any]]:
         yield prefix, annotation
 
 
-def _typed_value(name: str, typed: str) -> Any:
+def typed_value(name: str, typed: str) -> Any:
+    """Return the value of a setting as it was typed on the command line.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     parts = [part for leaf, annotation in _leaves() if leaf == name for part in _parts(annotation)] or [str]
     if typed == "null" and type(None) in parts:
         return None
@@ -182,6 +202,8 @@ def _sentence(entry: Any, values: Mapping[str, Any]) -> str:
         siblings += [n.split(".")[0] for n in setting_names()] if len(location) == 1 else []
         elsewhere = [n for n in setting_names() if n.rsplit(".", 1)[-1] == location[-1]]
         mend = did_you_mean(location[-1], siblings) or (f' Did you mean "{elsewhere[0]}"?' if elsewhere else "")
+        if name == "search":
+            mend = " It belongs to `ptune search`; take it out of the file, or search with it."
         return f'there is no setting "{name}".{mend}'
     if entry["type"] == "missing":
         return f'"{name}" is missing'

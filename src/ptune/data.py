@@ -12,14 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ptune.conversations import Exchange, read_conversation
 from ptune.errors import DataError, did_you_mean
 from ptune.readers import Record, has_split, looks_like_a_source, read_records
 from ptune.settings import label_text
 
 __all__ = ["Record", "data_hash", "draw", "draw_shots", "has_split", "load_records", "looks_like_a_source", "split_dev"]
 
-_USERS = ("human", "user")
-_ASSISTANTS = ("gpt", "assistant")
 _ABSENT = object()
 _NOT_TEXT = ("id", "idx", "label", "labels")
 
@@ -36,8 +35,9 @@ def load_records(
 
     ``fields`` adds, under each field's name, the column that it names; ``a.b`` is the member b of an object in the
     column a. Two shapes need none: a record with ``instruction`` and ``output`` (Alpaca) gets an empty ``input`` where
-    it has none; a record with ``conversations`` or ``messages`` (ShareGPT, chat) gets ``system``, ``instruction``,
-    ``input`` and ``output`` from its system turn and its first question with an answer.
+    it has none; a record with ``conversations`` or ``messages`` (ShareGPT, chat) gets ``system`` from its system turn,
+    ``instruction`` and ``output`` from its last question and answer, an empty ``input``, and as its ``history`` what
+    was said before. One that ends with a question has no ``output``.
 
     Raises:
         DataError: nothing is there, it cannot be read, or a named column is missing; names file, line and field.
@@ -156,6 +156,7 @@ def _canonical(value: Any) -> str:
 def _text_of(record: Record, fields: Sequence[str] | None) -> str:
     if fields:
         values = [record.get(name) for name in fields]
+        values += [[dict(said.fields), said.answer] for said in record.history]
         return _canonical([value.strip() if isinstance(value, str) else value for value in values])
     text = {
         name: value.strip() if isinstance(value, str) else value
@@ -169,22 +170,17 @@ def _fill_from_conversation(record: Record) -> None:
     if "instruction" in record and "output" in record:
         return
     column = "conversations" if "conversations" in record else "messages"
-    turns = record.get(column)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    said = read_conversation(record.get(column), column, record.location)
+    if said is None:
         return
-    spoken = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
-    if turns and all(speaker is None for speaker, _ in spoken):
-        return  # objects, but no turns of a conversation
-    for (speaker, question), (replier, answer) in zip(spoken, spoken[1:], strict=False):
-        if speaker in _USERS and replier in _ASSISTANTS and isinstance(question, str) and isinstance(answer, str):
-            system = next((text for name, text in spoken if name == "system"), "")
-            filled = {"system": system, "instruction": question, "input": "", "output": answer}
-            record.update({name: text for name, text in filled.items() if name not in record})
-            record.turns_left_out = sum(replier in _ASSISTANTS for replier, _ in spoken) - 1
-            return
-    raise DataError(
-        f"{record.location}: expected in {column} a turn from human or user with text, followed by one from gpt or "
-        f"assistant, and found {', '.join(str(name) for name, _ in spoken) or 'no turn'}; complete or remove it."
+    filled = {"system": said.system, "instruction": said.questions[-1], "input": ""}
+    record.open_question = len(said.answers) < len(said.questions)
+    if not record.open_question:
+        filled["output"] = said.answers[-1]
+    record.update({name: text for name, text in filled.items() if name not in record})
+    record.history = tuple(
+        Exchange({"instruction": question}, answer)
+        for question, answer in zip(said.questions[:-1], said.answers, strict=False)
     )
 
 
@@ -198,6 +194,10 @@ def _map_fields(record: Record, fields: Mapping[str, str]) -> None:
                 f"{', '.join(columns)}; correct data.fields.{did_you_mean(column, sorted(columns))}"
             )
         record[field] = value
+        if column == "instruction":  # a question under another name is so in the whole conversation
+            record.history = tuple(
+                Exchange({**said.fields, field: said.fields[column]}, said.answer) for said in record.history
+            )
 
 
 def _column(columns: Mapping[str, Any], name: str) -> Any:

@@ -126,7 +126,7 @@ def logits_behind(
 
     Args:
         prompt: that opens them.
-        run: the forward pass, `ptune.plans.Run`.
+        run: the forward pass, `ptune.passes.Run`.
         input_ids: ``[B, T]`` int64, the prompt's ids among them.
         attention_mask: ``[B, T]`` int64.
         positions: ``[B, T]`` bool.

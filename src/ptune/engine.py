@@ -228,7 +228,7 @@ class Engine:
         return generate(self.backbone, [context], options, on_text=listener)[0]
 
     def first_field(self, name: str, text: str, others: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Return the record in which a text stands for the template's first field.
+        """Return the record in which a text stands for the template's first field, that of a system message apart.
 
         Args:
             name: of a loaded soft prompt.
@@ -240,8 +240,8 @@ class Engine:
             SoftPromptError: no soft prompt of that name is loaded.
         """
         template, others = self._get(name).task.renderer.template, others or {}
-        fields = template.fields
-        if not fields:
+        fields, question = template.fields, template.question_field
+        if question is None:
             raise DataError(f'the template of "{name}" has no field for a text; give records to predict()')
         listed = f"it has {', '.join(fields)}"
         unknown = [field for field in others if field not in fields]
@@ -249,10 +249,11 @@ class Engine:
             raise DataError(
                 f'the template of "{name}" has no field "{unknown[0]}"; {listed}.{did_you_mean(unknown[0], fields)}'
             )
-        needed = [field for field in fields[1:] if field not in (*template.optional_fields, *others)]
+        known = (question, *template.optional_fields, *others)
+        needed = [field for field in fields if field not in known]
         if needed:
             raise DataError(f'the template of "{name}" needs {", ".join(needed)} beside its first field; {listed}')
-        return dict.fromkeys(fields, "") | {fields[0]: text} | dict(others)
+        return dict.fromkeys(fields, "") | {question: text} | dict(others)
 
     def close(self) -> None:
         """Take all virtual tokens away from the backbone."""

@@ -5,7 +5,11 @@ Knows nothing of tasks or soft prompts. Shapes: H width, S sampled rows, V rows 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -45,6 +49,26 @@ def fingerprint(kind: str, config: PreTrainedConfig, rows: Tensor, embeddings: T
         "octaves": round(math.log2(float(scaled)) + 0.15),
         "rows": rows[:, :_COLUMNS].to(torch.bfloat16).float().flatten().tolist(),
     }
+
+
+def exact_key(family: str, config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> str:
+    """Return a hexadecimal name of exactly this model: another weight, setting or library version gives another one.
+
+    It reads every weight, some seconds a gigabyte.
+
+    Args:
+        family: the class of the model, with its module.
+        config: the model's.
+        tensors: name -> weight or buffer, of any shape.
+    """
+    settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    settings |= {"family": family, "attention": config._attn_implementation, "torch": torch.__version__}
+    settings["transformers"] = version("transformers")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def same_backbone(one: dict[str, Any], other: dict[str, Any]) -> bool:

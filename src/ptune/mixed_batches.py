@@ -69,7 +69,8 @@ def _read(backbone: Backbone, questions: Sequence[Question], batch_size: int) ->
 
 
 def _written(backbone: Backbone, questions: Sequence[Question], batch_size: int) -> Iterator[dict[str, Any]]:
-    lengths = [task.config.max_new_tokens for task, _ in questions if isinstance(task, Generation)]
+    tasks = [task for task, _ in questions if isinstance(task, Generation)]
+    lengths = [task.config.max_new_tokens for task in tasks]
     contexts = [task.renderer.question(record, n) for (task, record), n in zip(questions, lengths, strict=True)]
     answers: dict[int, dict[str, Any]] = {}
     for length in dict.fromkeys(lengths):
@@ -77,5 +78,5 @@ def _written(backbone: Backbone, questions: Sequence[Question], batch_size: int)
         options = GenerationOptions(max_new_tokens=length)
         texts = generate(backbone, [contexts[number] for number in numbers], options, batch_size=batch_size)
         for number, text in zip(numbers, texts, strict=True):
-            answers[number] = {"text": text.text, "finished": text.finished}
+            answers[number] = tasks[number].answer_from(questions[number][1], text)
     yield from (answers[number] for number in range(len(questions)))

@@ -3,21 +3,23 @@
     prompt, row 1, row 2, ...
 
 Each row sees the prompt and itself, as if it stood alone; or a past of its own and itself, where there is no prompt.
-The function is registered with transformers'
+Rows of several prompts stand in groups, one group behind
+another, and none sees another group. The function is registered with transformers'
 `AttentionInterface`; where rows begin comes to it as a keyword argument of the forward pass, never by a global, and the
 model's setting is as before when the block ends.
 
-Knows nothing of plans, virtual tokens or tasks. Shapes: B rows, P tokens of the prompt, F tokens of a row's past, S of
+Knows nothing of plans, virtual tokens or tasks. Shapes: B rows, P tokens of a prompt, F tokens of a row's past, S of
 the row itself, T tokens of all, L layers, K key-value heads, G query heads, D width of a head.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,32 +29,51 @@ from transformers import AttentionInterface, PreTrainedConfig
 _NAME = "ptune_packed_rows"
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Where rows begin and end in a packed sequence.
+class PackedGroup(NamedTuple):
+    """Rows behind one prompt.
 
     Attributes:
-        prompt: P, tokens in front that every row sees; 0 for none.
+        prompt: P, tokens in front that every row of the group sees; 0 for none.
         lengths: of each row, at least 1.
-        device: of the sequence.
-        pasts: keys and values of what each row has behind it, ``[2 L, K, F, D]``; none where all see the prompt.
     """
 
     prompt: int
     lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where prompts and rows begin and end in a packed sequence.
+
+    Attributes:
+        groups: one behind another.
+        device: of the sequence.
+        pasts: keys and values of what each row has behind it, ``[2 L, K, F, D]``; none where all see their prompts.
+    """
+
+    groups: tuple[PackedGroup, ...]
     device: torch.device
     pasts: tuple[Tensor, ...] = ()
 
     @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the rows of all groups."""
+        return tuple(length for group in self.groups for length in group.lengths)
+
+    @functools.cached_property
     def before(self) -> tuple[int, ...]:
         """How many tokens each row sees before itself."""
-        return tuple(past.shape[2] for past in self.pasts) or (self.prompt,) * len(self.lengths)
+        prompts = tuple(group.prompt for group in self.groups for _ in group.lengths)
+        return tuple(past.shape[2] for past in self.pasts) or prompts
 
     @functools.cached_property
     def places(self) -> Tensor:
         """At which place each token would stand if its row were alone behind what it sees, ``[1, T]`` int64."""
-        rows = zip(self.before, self.lengths, strict=True)
-        counts = (range(self.prompt), *(range(before, before + length) for before, length in rows))
+        rows = iter(zip(self.before, self.lengths, strict=True))
+        counts: list[range] = []
+        for prompt, lengths in self.groups:
+            counts.append(range(prompt))
+            counts += [range(before, before + length) for before, length in itertools.islice(rows, len(lengths))]
         return torch.tensor([[place for count in counts for place in count]], device=self.device)
 
     def mask(self, row: int) -> Tensor:
@@ -121,19 +142,22 @@ def _attend(
 
     key, value = whole(key), whole(value)
     attend = functools.partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
-    sizes = [packing.prompt, *packing.lengths]
-    (prompt_query, *queries), (prompt_key, *keys), (prompt_value, *values) = (
-        part.split(sizes, dim=2) for part in (query, key, value)
-    )
-    read = [attend(prompt_query, prompt_key, prompt_value, is_causal=True)] if packing.prompt else []
-    for number, (row_query, row_key, row_value) in enumerate(zip(queries, keys, values, strict=True)):
-        if not packing.before[number]:
-            read.append(attend(row_query, row_key, row_value, is_causal=True))
-            continue
-        before_key, before_value = prompt_key, prompt_value
-        if packing.pasts:
-            layer = 2 * cast(int, module.layer_idx)
-            before_key, before_value = (whole(half[None]) for half in packing.pasts[number][layer : layer + 2])
-        seen_keys, seen_values = torch.cat([before_key, row_key], 2), torch.cat([before_value, row_value], 2)
-        read.append(attend(row_query, seen_keys, seen_values, attn_mask=packing.mask(number)))
+    sizes = [size for group in packing.groups for size in (group.prompt, *group.lengths)]
+    pieces = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
+    numbers, read = itertools.count(), []
+    for prompt, lengths in packing.groups:
+        prompt_query, prompt_key, prompt_value = next(pieces)
+        if prompt:
+            read.append(attend(prompt_query, prompt_key, prompt_value, is_causal=True))
+        for number in itertools.islice(numbers, len(lengths)):
+            row_query, row_key, row_value = next(pieces)
+            if not packing.before[number]:
+                read.append(attend(row_query, row_key, row_value, is_causal=True))
+                continue
+            before_key, before_value = prompt_key, prompt_value
+            if packing.pasts:
+                layer = 2 * cast(int, module.layer_idx)
+                before_key, before_value = (whole(half[None]) for half in packing.pasts[number][layer : layer + 2])
+            seen_keys, seen_values = torch.cat([before_key, row_key], 2), torch.cat([before_value, row_value], 2)
+            read.append(attend(row_query, seen_keys, seen_values, attn_mask=packing.mask(number)))
     return torch.cat([one.transpose(1, 2) for one in read], dim=1), None

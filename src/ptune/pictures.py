@@ -80,6 +80,8 @@ def curves(series: Mapping[str, Points], value: str, marked: float | None = None
 def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin] | None) -> str:
     """Return how right predictions of each confidence are, without the temperature and with it where there is one."""
     with _picture("reliability", 3.9, 3.9) as (axes, drawn):
+        from matplotlib.collections import PathCollection
+
         axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":", label="as sure as right")
         most = max(one.records for one in (*before, *(after or ())))
         for name, bins, colour in (("as they are", before, 1), ("with the temperature", after, 0)):
@@ -93,7 +95,8 @@ def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin] | None) -> s
         handles, names = axes.get_legend_handles_labels()
         if after:
             for handle in axes.legend(handles, names, loc="upper left").legend_handles[1:]:
-                handle.set_sizes([40])
+                if isinstance(handle, PathCollection):
+                    handle.set_sizes([40])
     return drawn[0]
 
 

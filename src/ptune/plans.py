@@ -1,14 +1,15 @@
 """How one forward pass is carried out: the same numbers at less cost. See ARCHITECTURE.md for when each plan pays.
 
     reference        one forward over all ids
-    shared prefix    rows that open with the same virtual tokens: these run once, with gradient, for the whole batch
+    shared prefix    rows that open with the same virtual tokens: these run once, with gradient, for all of them
     packed rows      the same, and the rows stand one behind another in one sequence, so that no pad is ever computed
     frozen context   text that stands before the first virtual token does not depend on the prompt: it runs without
                      gradient, and once for a whole run where its keys and values are kept
 
 Where rows cannot be packed, a batch with much padding is run in groups of similar length.
 
-A plan is chosen from the ids alone, batch by batch, so nothing need be said by tasks or templates.
+A plan is chosen from the ids alone, batch by batch, so nothing need be said by tasks or templates. Where rows of
+several prompts stand in one batch, those that open alike stand together and share what they open with.
 
 Knows nothing of encoders, tasks or training. Shapes: B batch, T tokens, P virtual tokens that open a row, F tokens of a
 context, S tokens of what follows it, R tokens of packed rows, N chosen positions, H width, V rows of the backbone's
@@ -20,54 +21,27 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ptune.context_cache import ContextCache
 from ptune.keys_and_values import new_cache, padded, read_cache, stacked
+from ptune.openings import Group, context_lengths, contexts_in, length_groups, padding_share, prefix_groups
 from ptune.output_head import Wanted
-from ptune.packed_attention import Packing
-
-PlanName = Literal["reference", "shared prefix", "packed rows", "frozen context"]
+from ptune.packed_attention import PackedGroup, Packing
+from ptune.passes import Choice, PlanName, Run
 
 _SHORTEST_CONTEXT = 8
 """Contexts of fewer tokens, on average, are not worth a pass of their own."""
 _LEAST_PADDING = 0.05
 """Share of padding from which on packed rows pay."""
+_LEAST_SHARED = 0.05
+"""Share of a batch's tokens, pads included, that must be saved where rows of several prompts are to share these."""
 _CONTEXT_TOKENS_AT_ONCE = 8192
 """Tokens of one pass over contexts: enough to fill a processor, few enough for its memory."""
 _COST_OF_A_PASS = 48
 """What another pass over fewer rows costs a processor, in tokens."""
-
-
-class Run(Protocol):
-    """One forward pass of the model, its head at the chosen positions alone, or not at all."""
-
-    def __call__(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        positions: Tensor,
-        past: DynamicCache | None = None,
-        *,
-        keep: bool = False,
-        wanted: Wanted = "logits",
-        packing: Packing | None = None,
-    ) -> tuple[Tensor, DynamicCache | None]:
-        """Return logits ``[N, V]``, or hidden states ``[N, H]``, and, if they are to be kept, keys and values.
-
-        Args:
-            input_ids: ``[B, T]`` int64.
-            attention_mask: ``[B, past + T]`` int64.
-            positions: ``[B, T]`` bool.
-            past: keys and values of what stands before.
-            keep: whether keys and values are wanted.
-            wanted: hidden states ``[N, H]``, where it is no logits.
-            packing: where rows begin that stand one behind another in one; None where each has its own.
-        """
 
 
 class Plans:
@@ -81,7 +55,13 @@ class Plans:
     """
 
     def __init__(
-        self, run: Run, vocabulary_size: int, device: Callable[[], torch.device], *, may_pack: bool = False
+        self,
+        run: Run,
+        vocabulary_size: int,
+        device: Callable[[], torch.device],
+        dtype: Callable[[], torch.dtype],
+        *,
+        may_pack: bool = False,
     ) -> None:
         """Plan the passes of one model.
 
@@ -89,9 +69,10 @@ class Plans:
             run: one forward pass of it.
             vocabulary_size: V.
             device: where it is.
+            dtype: of its keys and values.
             may_pack: whether its attention layers can read packed rows; tried once before it is believed.
         """
-        self._run, self._vocabulary_size, self._device = run, vocabulary_size, device
+        self._run, self._vocabulary_size, self._device, self._dtype = run, vocabulary_size, device, dtype
         self.may_pack = may_pack
         self.contexts = ContextCache(0)
         self.last: PlanName = "reference"
@@ -109,64 +90,123 @@ class Plans:
             wanted: hidden states ``[N, H]`` in place of logits, where it says so.
         """
         run = functools.partial(self._run, wanted=wanted)
-        prefix = shared_prefix_length(input_ids, attention_mask, self._vocabulary_size)
-        shared = prefix - 1 if len(input_ids) > 1 and prefix > 1 and not bool(positions[:, : prefix - 1].any()) else 0
-        real = not bool(
-            (positions & ~attention_mask.bool()).any()
-        )  # else pads are asked for, which have no numbers here
+        choice = self.choose(input_ids, attention_mask, positions)
+        self.note(choice.plan, choice.why)
+        if choice.plan == "packed rows":
+            return self._packed_rows(run, input_ids, attention_mask, positions, choice.groups)
+        if choice.plan == "shared prefix":
+            return self._shared_prefixes(run, input_ids, attention_mask, positions, choice.groups)
+        if choice.lengths is not None:
+            return self._frozen_context(run, input_ids, attention_mask, positions, choice.lengths)
+        return self._plain(run, input_ids, attention_mask, positions)
+
+    def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Choice:
+        """Return the cheapest plan for a batch; the arguments are those of `outputs`."""
+        rows, length = input_ids.shape
+        # pads that are asked for have no numbers in some plans
+        real = not bool((positions & ~attention_mask.bool()).any())
+        groups = prefix_groups(input_ids, attention_mask, positions, self._vocabulary_size)
+        if len(groups) > 1 and real and (several := self._for_several_prompts(attention_mask, groups)) is not None:
+            return several
+        shared = groups[0].shared if len(groups) == 1 else 0
+        whole = (Group(0, rows, shared),)
         pads = padding_share(attention_mask[:, shared:]) if real else 0.0
+        packs = pads >= _LEAST_PADDING and self.may_pack and self._packs
+        packed = shared + int(attention_mask[:, shared:].sum())
         if shared:
-            if pads >= _LEAST_PADDING and self.may_pack and self._packs:
-                self.note("packed rows", f"{prefix} virtual tokens open every row, and {pads:.0%} would be padding")
-                return self._packed_rows(run, input_ids, attention_mask, positions, shared)
-            self.note("shared prefix", f"{prefix} virtual tokens open every row")
-            return self._shared_prefix(run, input_ids, attention_mask, positions, shared)
+            why = f"{shared + 1} virtual tokens open every row"
+            if packs:
+                return Choice("packed rows", f"{why}, and {pads:.0%} would be padding", packed, groups=whole)
+            tokens = shared + self._padded_tokens((attention_mask[:, shared:]).sum(-1).tolist())
+            return Choice("shared prefix", why, tokens, groups=whole)
         lengths = context_lengths(input_ids, attention_mask, self._vocabulary_size)
         if lengths is not None and float(lengths.float().mean()) >= _SHORTEST_CONTEXT:
-            before = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+            before = torch.arange(length, device=input_ids.device) < lengths[:, None]
             if real and not bool((positions & before).any()):
-                self.note("frozen context", f"{float(lengths.float().mean()):.0f} tokens stand before the prompt")
-                return self._frozen_context(run, input_ids, attention_mask, positions, lengths)
-        if pads >= _LEAST_PADDING and self.may_pack and self._packs:
-            self.note("packed rows", f"{pads:.0%} would be padding")
-            return self._packed_rows(run, input_ids, attention_mask, positions, 0)
-        self.note("reference", "rows share nothing" if len(input_ids) > 1 else "one row")
+                why = f"{float(lengths.float().mean()):.0f} tokens stand before the prompt"
+                contexts = self._missing(contexts_in(input_ids, lengths))
+                behind = (attention_mask.sum(-1) - lengths).tolist()
+                may = self.may_pack and self._packs
+                missing = sum(map(len, contexts)) if may else len(contexts) * max(map(len, contexts), default=0)
+                tokens = missing + (sum(behind) if may else self._padded_tokens(behind))
+                return Choice("frozen context", why, tokens, missing, lengths=lengths)
+        if packs:
+            return Choice("packed rows", f"{pads:.0%} would be padding", packed, groups=whole)
+        why = "rows share nothing" if rows > 1 else "one row"
+        tokens = self._padded_tokens(attention_mask.sum(-1).tolist()) if real else rows * length
+        return Choice("reference", why, tokens)
 
-        def run_group(rows: Tensor, end: int) -> Tensor:
-            return run(input_ids[rows, :end], attention_mask[rows, :end], positions[rows, :end])[0]
+    def _padded_tokens(self, lengths: list[int]) -> int:
+        """Return how many tokens rows of these lengths come to, run in groups of similar length."""
+        groups = [list(range(len(lengths)))]
+        if self._device().type == "cpu":
+            groups = length_groups(lengths, _COST_OF_A_PASS)
+        return sum(len(group) * max(lengths[row] for row in group) for group in groups)
 
-        return self._in_groups(run_group, attention_mask, positions)
+    def _for_several_prompts(self, attention_mask: Tensor, groups: Sequence[Group]) -> Choice | None:
+        """Return the plan for groups of rows behind prompts of their own; None where sharing saves too little."""
+        lengths = attention_mask.sum(-1).tolist()
+        saved = sum(group.shared * (group.end - group.start - 1) for group in groups)
+        if not saved or min(lengths) == 0:
+            return None
+        packs = self.may_pack and self._packs
+        apart = (shared + (end - start) * (max(lengths[start:end]) - shared) for start, end, shared in groups)
+        tokens = sum(lengths) - saved if packs else sum(apart)
+        if tokens > (1 - _LEAST_SHARED) * attention_mask.numel():
+            return None
+        why = f"{len(groups)} prompts, each of which opens rows of its own"
+        return Choice("packed rows" if packs else "shared prefix", why, tokens, groups=tuple(groups))
 
     def note(self, plan: PlanName, why: str) -> None:
         """Remember by which plan the latest pass went, and why."""
         self.last, self.why = plan, why
 
-    def prepare(self, contexts: Sequence[Sequence[int]], budget: int) -> None:
+    def prepare(self, contexts: Sequence[Sequence[int]], kept: ContextCache) -> None:
         """Run contexts once and keep their keys and values.
 
-        They are run longest first, in batches that depend on nothing but the contexts, so that a run that is resumed
-        finds the very same numbers.
+        They are run longest first, in batches that depend on nothing but the contexts and which of them are found, so
+        that a run that is resumed finds the very same numbers.
 
         Args:
             contexts: ids of each, virtual tokens in none.
-            budget: bytes that may be kept; what comes later is run with its batch each time.
+            kept: where they are kept, from an earlier run perhaps; what it does not take is run with its batch each
+                time.
         """
-        self.contexts = ContextCache(budget)
-        if not self._plans_contexts(contexts):
+        self.contexts = kept
+        if not self.plans_contexts(contexts):
             return
         distinct = sorted({tuple(ids) for ids in contexts}, key=lambda ids: (-len(ids), ids))
+        kept.wanted += len(distinct)
+        kept.wanted_tokens += sum(map(len, distinct))
         start = 0
-        while start < len(distinct) and not self.contexts.full:
+        while start < len(distinct):
             count = max(1, _CONTEXT_TOKENS_AT_ONCE // len(distinct[start]))
-            chunk = distinct[start : start + count]
-            for ids, past in zip(chunk, self._run_contexts(chunk), strict=True):
-                self.contexts.put(ids, past)
+            chunk = [ids for ids in distinct[start : start + count] if not kept.find(ids)]
             start += count
+            if chunk and not kept.full:
+                for ids, past in zip(chunk, self._run_contexts(chunk), strict=True):
+                    kept.put(ids, past)
 
     @staticmethod
-    def _plans_contexts(contexts: Sequence[Sequence[int]]) -> bool:
+    def plans_contexts(contexts: Sequence[Sequence[int]]) -> bool:
         """Whether contexts are long enough, on average, that `logits` will ask for them."""
         return bool(contexts) and sum(map(len, contexts)) >= _SHORTEST_CONTEXT * len(contexts)
+
+    def _shared_prefixes(
+        self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, groups: Sequence[Group]
+    ) -> Tensor:
+        """Run what the rows of each group open with once, and the groups one after another."""
+        outputs = []
+        for start, end, shared in groups:
+            ids, mask, chosen = (each[start:end] for each in (input_ids, attention_mask, positions))
+            if len(groups) > 1:  # the batch's longest row may stand in another group
+                longest = int(mask.any(0).nonzero().max()) + 1
+                ids, mask, chosen = ids[:, :longest], mask[:, :longest], chosen[:, :longest]
+            if shared:
+                outputs.append(self._shared_prefix(run, ids, mask, chosen, shared))
+            else:
+                outputs.append(self._plain(run, ids, mask, chosen))
+        return torch.cat(outputs)
 
     def _shared_prefix(
         self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, length: int
@@ -180,6 +220,12 @@ class Plans:
         def run_group(rows: Tensor, end: int) -> Tensor:
             past = new_cache(shared, len(rows))
             return run(input_ids[rows, length:end], attention_mask[rows, :end], positions[rows, length:end], past)[0]
+
+        return self._in_groups(run_group, attention_mask, positions)
+
+    def _plain(self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        def run_group(rows: Tensor, end: int) -> Tensor:
+            return run(input_ids[rows, :end], attention_mask[rows, :end], positions[rows, :end])[0]
 
         return self._in_groups(run_group, attention_mask, positions)
 
@@ -208,14 +254,19 @@ class Plans:
         return torch.cat([by_row[row] for row in range(len(mask))])
 
     def _packed_rows(
-        self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, length: int
+        self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, groups: Sequence[Group]
     ) -> Tensor:
-        """Run the first ``length`` tokens of all rows, and behind them what follows in each row, as one sequence."""
-        kept = attention_mask.bool() & (torch.arange(input_ids.shape[1], device=input_ids.device) >= length)  # [B, T]
-        ids = torch.cat([input_ids[0, :length], input_ids[kept]])[None]  # [1, P + R]
-        chosen = torch.cat([torch.zeros_like(positions[0, :length]), positions[kept]])[None]
-        packing = Packing(length, tuple(kept.sum(-1).tolist()), ids.device)
-        return run(ids, torch.ones_like(ids), chosen, packing=packing)[0]
+        """Run what the rows of each group open with, and behind it what follows in each row, as one sequence."""
+        ids, chosen, packed = [], [], []
+        for start, end, shared in groups:
+            behind = torch.arange(input_ids.shape[1], device=input_ids.device) >= shared
+            kept = attention_mask[start:end].bool() & behind  # [B, T]
+            ids += [input_ids[start, :shared], input_ids[start:end][kept]]
+            chosen += [torch.zeros_like(positions[start, :shared]), positions[start:end][kept]]
+            packed.append(PackedGroup(shared, tuple(kept.sum(-1).tolist())))
+        sequence = torch.cat(ids)[None]  # [1, R], prefixes included
+        packing = Packing(tuple(packed), sequence.device)
+        return run(sequence, torch.ones_like(sequence), torch.cat(chosen)[None], packing=packing)[0]
 
     @staticmethod
     def _packed_behind(
@@ -229,7 +280,7 @@ class Plans:
         """Run what follows the first ``lengths``, ``[B]``, of each row as one sequence, given their keys and values."""
         kept = attention_mask.bool() & (torch.arange(input_ids.shape[1], device=lengths.device) >= lengths[:, None])
         ids = input_ids[kept][None]  # [1, R]
-        packing = Packing(0, tuple(kept.sum(-1).tolist()), ids.device, tuple(pasts))
+        packing = Packing((PackedGroup(0, tuple(kept.sum(-1).tolist())),), ids.device, tuple(pasts))
         return run(ids, torch.ones_like(ids), positions[kept][None], packing=packing)[0]
 
     @functools.cached_property
@@ -246,7 +297,7 @@ class Plans:
         positions[:, :4] = False
         with torch.no_grad():
             plain = self._run(ids, mask, positions)[0]
-            packed = self._packed_rows(self._run, ids, mask, positions, 4)
+            packed = self._packed_rows(self._run, ids, mask, positions, (Group(0, 2, 4),))
             pasts = self._packed_contexts([tuple(row[:4]) for row in ids.tolist()])
             behind = self._packed_behind(self._run, ids, mask, positions, torch.full_like(ids[:, 0], 4), pasts)
         limit = (1e-3 if plain.dtype.itemsize >= 4 else 5e-2) * float(plain.abs().max())
@@ -256,11 +307,13 @@ class Plans:
         self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, lengths: Tensor
     ) -> Tensor:
         """Run what follows the contexts, given their keys and values."""
-        ends = attention_mask.sum(-1)
-        contexts = [tuple(row[:length]) for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
-        missing = sorted({ids for ids in contexts if ids not in self.contexts}, key=lambda ids: (-len(ids), ids))
-        new = dict(zip(missing, self._run_contexts(missing), strict=True)) if missing else {}
-        pasts = [new[ids] if ids in new else self.contexts[ids] for ids in contexts]
+        contexts, ends = contexts_in(input_ids, lengths), attention_mask.sum(-1)
+        distinct = dict.fromkeys(contexts)
+        kept = {ids: past for ids in distinct if (past := self.contexts.get(ids)) is not None}
+        if missing := sorted(distinct.keys() - kept.keys(), key=lambda ids: (-len(ids), ids)):
+            kept |= dict(zip(missing, self._run_contexts(missing), strict=True))
+        kept = {ids: past.to(self._dtype()) for ids, past in kept.items()}  # may be kept in half precision
+        pasts = [kept[ids] for ids in contexts]
         device = input_ids.device
         if self.may_pack and self._packs:
             return self._packed_behind(run, input_ids, attention_mask, positions, lengths, pasts)
@@ -278,6 +331,10 @@ class Plans:
             return run(input_ids[rows].gather(-1, places), mask, chosen, new_cache(past, len(rows)))[0]
 
         return self._in_groups(run_group, attention_mask, positions)
+
+    def _missing(self, contexts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the contexts that are not kept, each once, longest first."""
+        return sorted({ids for ids in contexts if ids not in self.contexts}, key=lambda ids: (-len(ids), ids))
 
     def _run_contexts(self, contexts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return the keys and values of contexts, each ``[2 L, K, F, D]`` of its own length."""
@@ -299,72 +356,9 @@ class Plans:
         """Return what `_run_contexts` does, by one sequence of them all."""
         ids = torch.tensor([[token for context in contexts for token in context]], device=self._device())  # [1, R]
         lengths = tuple(map(len, contexts))
-        packing = Packing(0, lengths, ids.device)
+        packing = Packing((PackedGroup(0, lengths),), ids.device)
         nowhere = torch.zeros_like(ids, dtype=torch.bool)
         with torch.no_grad():
             _, cache = self._run(ids, torch.ones_like(ids), nowhere, keep=True, packing=packing)
         layers, ends = read_cache(cache), list(itertools.accumulate(lengths))
         return [stacked(layers, 0, end - length, end) for length, end in zip(lengths, ends, strict=True)]
-
-
-def context_of(ids: Sequence[int], vocabulary_size: int) -> tuple[int, ...]:
-    """Return what stands before the first virtual token of a row; nothing where it has none or opens with one."""
-    first = next((place for place, token in enumerate(ids) if token >= vocabulary_size), 0)
-    return tuple(ids[:first])
-
-
-def shared_prefix_length(input_ids: Tensor, attention_mask: Tensor, vocabulary_size: int) -> int:
-    """Return how many virtual tokens open every row alike, 0 where rows differ or begin with pads.
-
-    Args:
-        input_ids: ``[B, T]`` int64.
-        attention_mask: ``[B, T]`` int64.
-        vocabulary_size: V.
-    """
-    alike = (input_ids == input_ids[:1]).all(0) & (input_ids[0] >= vocabulary_size) & attention_mask.bool().all(0)
-    return int(alike.int().cumprod(0).sum())
-
-
-def length_groups(lengths: Sequence[int], cost_of_a_pass: int) -> list[list[int]]:
-    """Return the numbers of rows in groups of similar length, so that padding and passes together cost least.
-
-    Args:
-        lengths: of each row.
-        cost_of_a_pass: in tokens, of each group.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    best: list[tuple[int, int]] = [(0, 0)]  # of the first k rows in order: least cost, where its last group begins
-    for end in range(1, len(order) + 1):
-        best.append(
-            min(
-                (best[start][0] + cost_of_a_pass + (end - start) * lengths[order[start]], start) for start in range(end)
-            )
-        )
-    groups, end = [], len(order)
-    while end:
-        start = best[end][1]
-        groups.append(sorted(order[start:end]))
-        end = start
-    return groups
-
-
-def padding_share(attention_mask: Tensor) -> float:
-    """Return which share of a mask ``[B, T]`` is padding; 0 where a row has no token at all."""
-    lengths = attention_mask.bool().sum(-1)
-    return 0.0 if int(lengths.min()) == 0 else 1 - float(lengths.float().mean()) / attention_mask.shape[1]
-
-
-def context_lengths(input_ids: Tensor, attention_mask: Tensor, vocabulary_size: int) -> Tensor | None:
-    """Return how many tokens stand before each row's first virtual token, ``[B]`` int64.
-
-    None where a row has no virtual token, or begins with pads.
-
-    Args:
-        input_ids: ``[B, T]`` int64.
-        attention_mask: ``[B, T]`` int64.
-        vocabulary_size: V.
-    """
-    virtual = (input_ids >= vocabulary_size) & attention_mask.bool()
-    if not bool(virtual.any(-1).all()) or not bool(attention_mask[:, 0].all()):
-        return None
-    return virtual.int().argmax(-1)

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from ptune.conversations import Exchange
 from ptune.errors import DataError, did_you_mean
 from ptune.files import decode, missing_file, one_line, parse_json, read_bytes
 
@@ -28,13 +29,15 @@ class Record(dict[str, Any]):
 
     Attributes:
         location: where it stands, as in ``train.jsonl, line 12``; part of every error about it.
-        turns_left_out: answers of a conversation that are not in the fields.
+        history: of a conversation, what was said before the question that stands in the fields.
+        open_question: whether the conversation ends with that question, and has no answer to it.
     """
 
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), location: str = "a record") -> None:
         super().__init__(values)
         self.location = location
-        self.turns_left_out = 0
+        self.history: tuple[Exchange, ...] = ()
+        self.open_question = False
 
 
 class MissingSplitError(DataError):

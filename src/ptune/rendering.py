@@ -14,6 +14,12 @@ made in the same way, up to half of the limit; an answer longer than that and th
 ``overlong``: ``cut`` (its end goes, and with it the end token), ``drop`` (no row) or ``error``. A template whose own
 words leave no room for any answer is an error under all three.
 
+**Conversations.** A record may have a ``history``, exchanges that were said before. The first exchange is rendered by
+the template, virtual tokens and all, and every further one by what `Further` says, so that the ids before each answer
+are those at which it is generated. All answers are supervised. What is too long loses its oldest exchanges first; a
+system message stays, for it is a field of the record; and where nothing but the last question fits, it is a record like
+any other.
+
 **Training and generation.** Generation does not know how long the answer will be, so `Renderer.context` takes how many
 tokens to reserve. For every row, ``row.ids == context(record, reserve=n) + answer``, where n is how many tokens of the
 answer the row holds; while nothing needs cutting every reserve gives the same context, the default of none included.
@@ -26,27 +32,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from ptune.batch import IGNORED, Row
+from ptune.conversations import Exchange
 from ptune.errors import DataError, TemplateError, did_you_mean
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind
 from ptune.filling import field_text, filled, location
+from ptune.further import Further, joined
 from ptune.template import Answer, Bos, Field, Optional, Piece, Template, Text, Virtual
 
 Overlong = Literal["cut", "drop", "error"]
-SegmentKind = Literal["virtual", "special", "text", "answer"]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a rendered row for people to read."""
-
-    kind: SegmentKind
-    text: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ class Renderer:
         deep: virtual tokens that open the template stand before the tokenizer's own first token, whatever the kind.
         pieces: the template's, with [bos] where the tokenizer's own first tokens stand.
         opening: their ids.
+        further: how a conversation goes on behind an answer.
 
     Raises:
         TemplateError: the template names [bos] and the tokenizer has no such token, or more follows the answer and
@@ -89,6 +88,7 @@ class Renderer:
     deep: bool = False
     pieces: tuple[Piece, ...] = dataclasses.field(init=False, repr=False)
     opening: tuple[int, ...] = dataclasses.field(init=False, repr=False)
+    further: Further = dataclasses.field(init=False, repr=False)
     _stretches: tuple[tuple[int, ...] | _Words | Answer, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +116,7 @@ class Renderer:
             pieces.insert(behind, Bos())
         object.__setattr__(self, "pieces", tuple(pieces))
         object.__setattr__(self, "opening", opening)
+        object.__setattr__(self, "further", Further.of(self.template, self.tokenizer))
         object.__setattr__(self, "_stretches", tuple(self._compiled(pieces, opening, closing)))
 
     def _compiled(
@@ -162,17 +163,42 @@ class Renderer:
         return min(limits, default=None)
 
     def context(self, record: Mapping[str, Any], *, reserve: int = 0) -> list[int]:
-        """Return the ids before the answer.
+        """Return the ids before the answer, with as much of a conversation as fits.
 
         Args:
             record: the fields that the template names; optional ones may be absent.
             reserve: tokens of the limit to keep free for the answer.
 
         Raises:
-            DataError: the record lacks a field, or holds something in it that is no text.
+            DataError: the record lacks a field, or holds something in it that is no text; or it is a conversation,
+                and the model reads single questions.
             TemplateError: the template's own words leave no room.
         """
-        return self._ids(self._fit(self._values(record), reserve, record))
+        row = self.conversation(record, reserve=reserve)
+        return self._ids(self._fit(self._values(record), reserve, record)) if row is None else list(row.ids)
+
+    def conversation(self, record: Mapping[str, Any], answer: Sequence[int] = (), *, reserve: int = 0) -> Row | None:
+        """Return a record behind as much as fits of what was said before it; None where nothing before it does.
+
+        Args:
+            record: with a ``history``; without one nothing stands before it.
+            answer: ids of its answer, whole.
+            reserve: tokens of the limit to keep free.
+
+        Raises:
+            DataError: as `context`.
+        """
+        history: Sequence[Exchange] = getattr(record, "history", ())
+        values = self._values(record)
+        asked = [values | {name: field_text(said.fields, name) for name in said.fields} for said in history] + [values]
+        end = self._tokens(self.further.end)
+        answers = [*(self._tokens(said.answer) + end for said in history), answer]
+        further = [self._tokens(filled(self.further.words, each)) for each in asked[1:]]
+        for start in range(len(history)):
+            row = joined([self._ids(asked[start]), *further[start:]], answers[start:], left_out=start)
+            if self.limit is None or self._text_length(row.ids) + reserve <= self.limit:
+                return row
+        return None
 
     def question(self, record: Mapping[str, Any], max_new_tokens: int) -> list[int]:
         """Return the ids before an answer that is still to be written.
@@ -183,14 +209,18 @@ class Renderer:
         Raises:
             DataError, TemplateError: as `context`.
         """
+        return self.context(record, reserve=self.reserve_for(max_new_tokens))
+
+    def reserve_for(self, max_new_tokens: int) -> int:
+        """Return how many tokens of the limit `question` keeps free."""
         if self.context_limit is None or self.limit is None or self.kind is ENCODER_DECODER:
-            return self.context(record)
+            return 0
         whole = self.context_limit - self.template.num_virtual_tokens
         room = min(max_new_tokens, (whole + 1) // 2)
-        return self.context(record, reserve=max(0, self.limit - (whole - room)))
+        return max(0, self.limit - (whole - room))
 
     def answer_ids(self, answer: str, *, end: bool = True) -> list[int]:
-        """Return the ids of an answer, blanks kept, with the end token unless ``end`` is False.
+        """Return the ids of an answer, blanks kept, with all that ends the last one unless ``end`` is False.
 
         Raises:
             TemplateError: an end token is asked for, and the tokenizer has none.
@@ -205,19 +235,23 @@ class Renderer:
                 "an answer ends with the tokenizer's end token, and this tokenizer has none; "
                 "set its eos_token, or choose a backbone that generates text"
             )
-        return [*ids, self.tokenizer.eos_token_id]
+        ids += self._tokens(self.further.end)
+        return ids if ids[-1:] == [self.tokenizer.eos_token_id] else [*ids, self.tokenizer.eos_token_id]
 
     def row(self, record: Mapping[str, Any], answer: str, *, end: bool = True) -> Row | None:
-        """Return context and answer as one row, the answer supervised; None where `overlong` drops it.
+        """Return context and answer as one row, all answers in it supervised; None where `overlong` drops it.
 
         Raises:
-            DataError: as `context`; or the answer is too long and `overlong` is ``error``.
-            TemplateError: as `context`.
+            DataError, TemplateError: as `context`; or the answer is too long and `overlong` is ``error``.
         """
-        return self.row_of_ids(record, self.answer_ids(answer, end=end))
+        answer_ids = self.answer_ids(answer, end=end)
+        row = self.conversation(record, answer_ids)
+        if row is None and (row := self.row_of_ids(record, answer_ids)) is not None:
+            return dataclasses.replace(row, left_out=len(getattr(record, "history", ())))
+        return row
 
     def row_of_ids(self, record: Mapping[str, Any], answer_ids: Sequence[int]) -> Row | None:
-        """Return what `row` does, for an answer that is ids already.
+        """Return a record, without what was said before, and an answer that is ids already as one row.
 
         Raises:
             DataError, TemplateError: as `row`.
@@ -283,24 +317,13 @@ class Renderer:
         labels_kept = (*[IGNORED] * len(virtual), *labels[:room])
         return Row((*virtual, *ids[:room]), labels_kept, cut=max(0, len(ids) - room))
 
-    def preview(self, row: Row) -> list[Segment]:
-        """Return a row as it will be read by the model, decoded back, for people to look at."""
-        pairs = groupby(zip(row.ids, row.labels, strict=True), key=lambda pair: self._kind(*pair))
-        return [Segment(kind, self._decode(kind, [token for token, _ in run])) for kind, run in pairs]
-
-    def _kind(self, token: int, label: int) -> SegmentKind:
-        if token >= self.vocabulary_size:
-            return "virtual"
-        if label != IGNORED:
-            return "answer"  # its end token, too
-        return "special" if token in self.tokenizer.all_special_ids else "text"
-
-    def _decode(self, kind: SegmentKind, ids: list[int]) -> str:
-        if kind == "virtual":
-            return "".join(f"[P{token - self.first_virtual_id}]" for token in ids)
-        return str(self.tokenizer.decode(ids))
-
     def _values(self, record: Mapping[str, Any]) -> dict[str, str]:
+        history = getattr(record, "history", ())
+        if history and self.kind is not CAUSAL:
+            raise DataError(
+                f"{location(record)} is a conversation of {len(history) + 1} questions, and {self.kind.words} answers "
+                "single ones; keep one question and answer, or choose a model that reads from left to right"
+            )
         values = {}
         optional = self.template.optional_fields
         for name in self.template.fields:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptune.assembly import Parts
+from ptune.candidates import Candidate
 from ptune.checkpoint import Progress
 from ptune.comparison import Comparison
 from ptune.config import RunConfig
@@ -24,7 +25,7 @@ class Reporter:
         """Training begins, or goes on after ``step``."""
 
     def kept_contexts(self, count: int, size: int, *, full: bool) -> None:
-        """Keys and values of ``count`` contexts are kept, ``size`` bytes; ``full`` where more did not fit."""
+        """Keys and values of ``count`` contexts are kept, ``size`` bytes in memory; ``full`` where more did not fit."""
 
     def planned(self, plan: str, why: str) -> None:
         """The first pass went by a plan of `ptune.plans`, or the latest by one that none before it had gone by."""
@@ -50,3 +51,22 @@ class Reporter:
 
     def finished(self, prompt: SoftPrompt, progress: Progress, comparison: Comparison | None) -> None:
         """The soft prompt is saved, and was compared with the bare model; None for records without fields."""
+
+
+class SearchReporter(Reporter):
+    """Hears besides of what a search does with its candidates; nothing of it is shown. `stepped` is not called."""
+
+    def search_started(self, candidates: Sequence[Candidate], parts: Parts, total_steps: int) -> None:
+        """All candidates are ready; ``parts`` are those of the first."""
+
+    def went_on(self, step: int, running: int) -> None:
+        """A step is done, by so many candidates."""
+
+    def scored(self, step: int, metric: str, values: Mapping[int, float]) -> None:
+        """Candidates were scored on dev: number -> value of the task's metric."""
+
+    def halved(self, step: int, kept: Sequence[int], dropped: Sequence[int]) -> None:
+        """The better candidates go on; numbers of both, the best first."""
+
+    def ranked(self, table: Mapping[str, Any]) -> None:
+        """The search is over; what ``run/search.json`` holds."""

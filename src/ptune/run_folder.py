@@ -12,6 +12,7 @@ Knows the settings, and nothing of models.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -133,6 +134,19 @@ class RunFolder:
         """
         if self._writes:
             write_json(self.run / ASSESSMENT, values)
+
+    def hand_over(self, config: RunConfig, log: Sequence[dict[str, Any]]) -> None:
+        """Make it the folder of another run, whose checkpoint and soft prompt come to stand here: of a search's best.
+
+        Args:
+            config: that run's settings.
+            log: its lines so far.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        write_text(self.run / "config.yaml", config_yaml(config))
+        write_text(self.run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
     def _foreign_files(self) -> list[str]:
         if not self.path.is_dir() or (self.path / "run").is_dir() or (self.path / "ptune.json").exists():

@@ -240,8 +240,56 @@ def check_task_template(task: Settings, template: Template) -> None:
         )
 
 
-TASK_CONFIGS = (ClassificationConfig, LinearClassificationConfig, ChoiceConfig, TaggingConfig, GenerationConfig)
+class ExtractionConfig(Settings):
+    """A record's entities are written out as text, as in `person: John Smith; place: Paris`, and read back as spans.
+
+    Records hold tokens and tags (BIO, BIOES and BMES read alike), or a text and spans of its characters.
+    """
+
+    type: Literal["extraction"] = "extraction"
+    types: dict[str, str] = Field(
+        min_length=1, description="Type -> the word that stands for it, as in {PER: person, LOC: place}."
+    )
+    tokens_field: str = Field("tokens", description="The record's field that holds its words, or its characters.")
+    tags_field: str = Field("tags", description="The field that holds a tag for each of them.")
+    text_field: str = Field("text", description="The field that holds its text, where it has no tokens.")
+    spans_field: str = Field("spans", description="The field that holds a list of type, start and end in the text.")
+    separator: str = Field("; ", description="Between two entities.")
+    none: str = Field("none", min_length=1, description="What is written where there are none.")
+    max_new_tokens: int = Field(128, gt=0, description="How long an answer may become.")
+    metric: Literal["f1", "loss"] = Field(
+        "f1", description="Chooses the best checkpoint: of entities, each with its type and both ends, or the loss."
+    )
+
+    @model_validator(mode="after")
+    def _words_that_can_be_read_back(self) -> ExtractionConfig:
+        words, mark = list(self.types.values()), self.separator.strip() or self.separator
+        if not mark or mark == ":":
+            raise ValueError("the separator is empty or the colon behind a type; choose another, as '; '")
+        broken = [word for word in words if not word.strip() or word != word.strip() or ":" in word or mark in word]
+        if broken:
+            raise ValueError(
+                f"the word {broken[0]!r} is empty, begins or ends with a blank, or holds a colon or the separator"
+            )
+        if len(set(words)) < len(words) or self.none in words:
+            raise ValueError("two types have one word, or one has that of no entity; give each its own")
+        return self
+
+
+TASK_CONFIGS = (
+    ClassificationConfig,
+    LinearClassificationConfig,
+    ChoiceConfig,
+    TaggingConfig,
+    GenerationConfig,
+    ExtractionConfig,
+)
 TaskConfig = Annotated[
-    ClassificationConfig | LinearClassificationConfig | ChoiceConfig | TaggingConfig | GenerationConfig,
+    ClassificationConfig
+    | LinearClassificationConfig
+    | ChoiceConfig
+    | TaggingConfig
+    | GenerationConfig
+    | ExtractionConfig,
     Field(discriminator="type"),
 ]

@@ -5,6 +5,7 @@ r"""The grammar of templates: where virtual tokens, a record's fields and the an
     [?...{f}...]  a piece that disappears when its fields are empty
     {answer}      what is learnt: at the end, or for a masked model anywhere; a task that reads its words has none
     [bos]         the tokenizer's first token, where the template wants it elsewhere than is usual
+    [next]        behind the answer: how a conversation goes on, from one answer to the next; see `Template.further`
     [[ ]] {{ }}   the brackets themselves
     \n \t \\      a new line, a tab and a backslash, so that a template fits on one line of YAML
 
@@ -15,19 +16,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 from unicodedata import east_asian_width
 
 from ptune.errors import TemplateError
 
 ANSWER = "answer"
+SYSTEM = "system"
+"""The field of a system message, which a conversation has once."""
+
+_BETWEEN_EXCHANGES = "\n\n"
 
 _TOKEN = re.compile(
     r"""
       (?P<escape>\[\[|\]\]|\{\{|\}\}|\\n|\\t|\\\\)
     | \[P(?:\*(?P<count>\d+))?\](?P<virtual>)
     | (?P<bos>\[bos\])
+    | (?P<next>\[next\])
     | (?P<optional>\[\?)
     | \{(?P<field>[^{}\[\]\n]*)\}
     | (?P<close>\])
@@ -77,7 +83,12 @@ class Answer:
     """The place of the answer."""
 
 
-Piece: TypeAlias = Text | Field | Virtual | Optional | Bos | Answer
+@dataclass(frozen=True)
+class Next:
+    """Where the form of all further exchanges of a conversation begins."""
+
+
+Piece: TypeAlias = Text | Field | Virtual | Optional | Bos | Answer | Next
 
 
 @dataclass(frozen=True)
@@ -87,19 +98,26 @@ class Template:
     Attributes:
         source: as it was written.
         pieces: what it is made of, in order.
+        following: what [next] says of further exchanges; nothing where the template does not.
     """
 
     source: str
     pieces: tuple[Piece, ...]
+    following: tuple[Text | Field | Optional, ...] = ()
 
     @classmethod
     def parse(cls, source: str) -> Template:
         """Parse a template.
 
         Raises:
-            TemplateError: something cannot be read, or the answer is there twice; names the place.
+            TemplateError: something cannot be read, the answer is there twice, or [next] does not go on from it; names
+                the place.
         """
         pieces = _Parser(source).pieces()
+        following: list[Piece] | None = None
+        if Next() in pieces:
+            place = pieces.index(Next())
+            pieces, following = pieces[:place], pieces[place + 1 :]
         answers = sum(isinstance(piece, Answer) for piece in pieces)
         if answers > 1:
             raise TemplateError(
@@ -107,7 +125,8 @@ class Template:
             )
         if sum(isinstance(piece, Bos) for piece in pieces) > 1:
             raise TemplateError(f"[bos] stands once in a template, and twice in {source!r}; leave one out")
-        return cls(source, tuple(pieces))
+        template = cls(source, tuple(pieces))
+        return template if following is None else replace(template, following=template._checked(following))
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -144,9 +163,55 @@ class Template:
         """Return the template whose answer stands where a field stood."""
         return Template(self.source, tuple(Answer() if piece == Field(field) else piece for piece in self.pieces))
 
+    @property
+    def question_field(self) -> str | None:
+        """The field of what a user says: the first, that of a system message apart."""
+        return next((name for name in self.fields if name != SYSTEM), None)
+
+    @property
+    def further(self) -> tuple[Text | Field | Optional, ...]:
+        """What stands between an answer and the next one in a conversation.
+
+        It is what [next] says; else an empty line and the template's own words again, without virtual tokens, and
+        without what stands as far as its field ``system``, for both belong to the beginning of a conversation.
+        """
+        if self.following:
+            return self.following
+        words = [piece for piece in self.pieces if isinstance(piece, Text | Field | Optional)]
+        for place in range(len(words) - 1, -1, -1):
+            if any(field.name == SYSTEM for field in self._all_fields([words[place]])):
+                words = words[place + 1 :]
+                if words and isinstance(words[0], Text):
+                    words[0] = Text(words[0].text.lstrip())
+                break
+        return (Text(_BETWEEN_EXCHANGES), *words)
+
     def without_virtual_tokens(self) -> Template:
         """Return the same words without virtual tokens: how the bare model would be asked."""
-        return Template.parse("".join(written(p) for p in self.pieces if not isinstance(p, Virtual)))
+        words = "".join(written(p) for p in self.pieces if not isinstance(p, Virtual))
+        further = "".join(map(written, (Next(), *self.following, Answer()))) if self.following else ""
+        return Template.parse(words + further)
+
+    def _checked(self, following: Sequence[Piece]) -> tuple[Text | Field | Optional, ...]:
+        """Return the pieces behind [next], without the answer at their end.
+
+        Raises:
+            TemplateError: other than words and fields of the first exchange stand there, or the answer is not last.
+        """
+        words = tuple(piece for piece in following[:-1] if isinstance(piece, Text | Field | Optional))
+        whole = bool(words) and len(words) == len(following) - 1 and isinstance(following[-1], Answer)
+        if not (whole and self.ends_with_answer):
+            raise TemplateError(
+                "[next] stands right behind {answer}, and behind it words, fields and one more {answer}, no virtual "
+                f"tokens; put them so in {self.source!r}"
+            )
+        unknown = [field.name for field in self._all_fields(words) if field.name not in self.fields]
+        if unknown:
+            raise TemplateError(
+                f"behind [next] stands the field {unknown[0]}, which the first exchange does not have; name it there, "
+                f"too, or leave it out of {self.source!r}"
+            )
+        return words
 
     @staticmethod
     def _all_fields(pieces: Sequence[Piece]) -> list[Field]:
@@ -174,6 +239,8 @@ def written(piece: Piece) -> str:
         return f"[?{''.join(map(written, piece.pieces))}]"
     if isinstance(piece, Virtual):
         return f"[P*{piece.count}]"
+    if isinstance(piece, Next):
+        return "[next]"
     return "[bos]" if isinstance(piece, Bos) else f"{{{ANSWER}}}"
 
 
@@ -200,14 +267,14 @@ class _Parser:
         elif kind == "close":
             self._close(start)
         elif kind == "stray":
-            known = "[P*10], [bos] or [?...{field}]" if match[0] == "[" else "a {field}"
+            known = "[P*10], [bos], [next] or [?...{field}]" if match[0] == "[" else "a {field}"
             self._fail(start, f"this {match[0]} is no part of {known}; write {match[0] * 2} for the bracket itself")
         elif self._optional is not None:
             self._fail(start, f"{match[0]} cannot stand in an optional piece; only words and fields can")
         elif kind == "optional":
             self._optional, self._optional_start = [], start
-        elif kind == "bos":
-            self._pieces.append(Bos())
+        elif kind in ("bos", "next"):
+            self._pieces.append(Bos() if kind == "bos" else Next())
         else:
             count = int(match["count"] or 1)
             if count == 0:

@@ -1,4 +1,4 @@
-"""The command line: `ptune train / eval / predict / inspect / report / merge / serve ...`. Each command is thin.
+"""The command line: `ptune train / search / eval / predict / inspect / report / merge / serve ...`. Each is thin.
 
 Nothing here computes: commands read arguments, call the library and show what it returns. Nothing heavy is imported
 before a command runs, so that help is instant. A `PtuneError` becomes one sentence and exit code 2.
@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from ptune.cli.cache import cache
 from ptune.cli.demo import demo
 from ptune.cli.evaluate import evaluate, predict
 from ptune.cli.generate import generate
@@ -18,6 +19,7 @@ from ptune.cli.inspect import inspect
 from ptune.cli.list import list_prompts
 from ptune.cli.merge import merge
 from ptune.cli.report import report
+from ptune.cli.search import search
 from ptune.cli.serve import serve
 from ptune.cli.train import train
 from ptune.errors import PtuneError
@@ -33,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command(context_settings=_ANY_SETTING)(train)
+app.command(context_settings=_ANY_SETTING)(search)
 app.command("eval")(evaluate)
 app.command()(predict)
 app.command()(generate)
@@ -42,6 +45,7 @@ app.command("list")(list_prompts)
 app.command()(merge)
 app.command("import")(import_peft)
 app.command()(serve)
+app.command()(cache)
 app.command()(demo)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,6 +108,7 @@ def predict(
     """Answer records with a soft prompt, as JSON lines in the records' order.
 
     DATA is a file, a folder or a Hub name (owner/name). What is none of these, nor looks like one, is a text to answer.
+    A record's columns stand beside its answer; one that is called as a part of the answer is written as given_NAME.
     """
     from ptune.cli.quiet import quiet
 
@@ -126,7 +127,7 @@ def predict(
             records = [engine.first_field(name, data)]
         answers = engine.predict(name, records, batch_size=batch_size)
     lines = "".join(
-        json.dumps({**record, **answer}, ensure_ascii=False) + "\n"
+        json.dumps(_beside(record, answer), ensure_ascii=False) + "\n"
         for record, answer in zip(records, answers, strict=True)
     )
     if output is None:
@@ -134,6 +135,11 @@ def predict(
     else:
         write_text(output, lines)
         typer.echo(f"{len(answers)} answers written to {output}", err=True)
+
+
+def _beside(record: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer beside its record, whose own columns of the same names are called ``given_...``."""
+    return {f"given_{name}" if name in answer else name: value for name, value in record.items()} | dict(answer)
 
 
 def column_mapping(pairs: list[str] | None) -> dict[str, str]:

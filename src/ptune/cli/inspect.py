@@ -58,6 +58,7 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
 
     from ptune.assembly import build_task, read_records, template_for
     from ptune.backbone import Backbone
+    from ptune.preview import preview
     from ptune.task_config import head_outputs
     from ptune.tasks import completed
 
@@ -69,7 +70,7 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     task = build_task(settings, template, backbone)
     for record in train[:count]:
         text, row = Text(), task.shown(record)
-        for segment in task.renderer.preview(row) if row is not None else ():
+        for segment in preview(task.renderer, row) if row is not None else ():
             marked = segment.kind == "answer" and not console.is_terminal  # a file shows no colours
             text.append(f">>{segment.text}<<" if marked else segment.text, style=_COLOURS[segment.kind])
         console.rule(f"[dim]{getattr(record, 'location', '')}", align="left")

@@ -19,8 +19,9 @@ from ptune.reporting import Reporter
 from ptune.soft_prompt import SoftPrompt
 from ptune.tasks import Assessment
 
-_PERCENT = {"accuracy", "macro_f1", "micro_f1", "exact_match", "prediction_share", "rouge_l", "token_accuracy"}
-_PERCENT |= {"entity_f1", "entity_precision", "entity_recall"}
+_PERCENT = {"accuracy", "macro_f1", "micro_f1", "exact_match", "prediction_share", "token_accuracy", "parsed"}
+_PERCENT |= {"f1", "precision", "recall", "entity_f1", "entity_precision", "entity_recall"}
+_PERCENT |= {"rouge_1", "rouge_2", "rouge_l"}
 _HIDDEN = {"prediction_share", "majority_share"}
 
 

@@ -32,6 +32,9 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin anew in a folder that holds another run.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say how the batches would be carried out, and train nothing.")
+    ] = False,
 ) -> None:
     """Train a soft prompt, or several in turn on one loaded model: `ptune train A.yaml B.yaml`.
 
@@ -56,7 +59,13 @@ def train(
     settings = [load_config(file, overrides) for file in files]
 
     quiet()
-    from ptune.training import Stopped
+    if explain:
+        from ptune.cli.explain import explain_run
+
+        for each in settings:
+            explain_run(each)
+        return
+    from ptune.stopping import Stopped
 
     try:
         if seeds > 1:

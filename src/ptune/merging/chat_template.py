@@ -7,18 +7,20 @@ filters and slices are used, no methods of Python's strings, for engines that ar
 A text that spells the name of a virtual token would become it: names begin with a mark that no text has by chance, and
 in what a user says the mark is broken by a blank.
 
-A conversation goes on as in `ptune.chat`: the first turn carries the virtual tokens. Cutting at ``max_length`` is not
-done. Knows templates, and nothing of models or files.
+A conversation goes on as in `ptune.rendering`: the first turn carries the virtual tokens, and an answer that is not the
+last ends as it did in training. Cutting at ``max_length`` is not done. Knows templates, and nothing of models or files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from keyword import iskeyword
+from typing import TypeAlias
 
+from ptune.further import Further
 from ptune.template import Answer, Bos, Field, Optional, Piece, Template, Text, Virtual
 
 _RESERVED = {
@@ -32,6 +34,9 @@ _RESERVED = {
 }
 
 
+Form: TypeAlias = tuple[tuple[Piece, ...], Further]
+
+
 @dataclass(frozen=True)
 class TaskShape:
     """One task as the chat template needs it.
@@ -39,10 +44,17 @@ class TaskShape:
     Attributes:
         pieces: of its template, with [bos] in its place.
         first: number of its first virtual token among all of the merged model.
+        further: how a conversation goes on behind an answer.
     """
 
     pieces: tuple[Piece, ...]
     first: int
+    further: Further
+
+    @property
+    def form(self) -> Form:
+        """What tasks may have in common: all but the virtual tokens' numbers."""
+        return self.pieces, self.further
 
 
 @dataclass(frozen=True)
@@ -73,10 +85,10 @@ def chat_template(tasks: Mapping[str, TaskShape], words: Words, own: str | None)
         words: how tokens are written.
         own: the model's own chat template.
     """
-    shapes: dict[tuple[Piece, ...], int] = {}
+    shapes: dict[Form, int] = {}
     for shape in tasks.values():
-        shapes.setdefault(shape.pieces, len(shapes))
-    listed = ", ".join(f"{_literal(name)}: [{shapes[shape.pieces]}, {shape.first}]" for name, shape in tasks.items())
+        shapes.setdefault(shape.form, len(shapes))
+    listed = ", ".join(f"{_literal(name)}: [{shapes[shape.form]}, {shape.first}]" for name, shape in tasks.items())
     only = _literal(next(iter(tasks))) if len(tasks) == 1 else "''"
     lines = [
         "{%- set tasks = {" + listed + "} -%}",
@@ -98,7 +110,7 @@ def kwarg_of(field: str) -> str | None:
     return field if plain and field not in _RESERVED and field not in ("and", "or", "not", "is", "in", "if") else None
 
 
-def _conversation(words: Words, shapes: Mapping[tuple[Piece, ...], int]) -> Iterator[str]:
+def _conversation(words: Words, shapes: Mapping[Form, int]) -> Iterator[str]:
     yield "{%- set shape = tasks[chosen][0] -%}{%- set first = tasks[chosen][1] -%}"
     yield "{%- if tools is defined and tools -%}{{- raise_exception('a task takes no tools') -}}{%- endif -%}"
     yield "{%- set ns = namespace(text='', body='', tail='', words=false) -%}"
@@ -109,25 +121,32 @@ def _conversation(words: Words, shapes: Mapping[tuple[Piece, ...], int]) -> Iter
     yield " ~ ' in place ' ~ loop.index) -}}{%- endif -%}"
     yield "{%- if message['role'] == 'assistant' -%}"
     yield "{%- set ns.text = ns.text ~ message['content'] -%}"
-    yield "{%- if not loop.last -%}{%- set ns.text = ns.text ~ '\\n\\n' -%}{%- endif -%}"
-    yield "{%- else -%}"
-    for pieces, number in shapes.items():
+    yield "{%- if not loop.last -%}" + _said(words)
+    for (_, further), number in shapes.items():
         yield "{%- " + ("if" if number == 0 else "elif") + f" shape == {number} -%}}"
-        yield from _turn(pieces, words)
+        yield "{{- " + _literal(further.end) + " -}}"
+    yield "{%- endif -%}{%- endif -%}{%- else -%}"
+    for (pieces, further), number in shapes.items():
+        yield "{%- " + ("if" if number == 0 else "elif") + f" shape == {number} -%}}"
+        values = yield from _values(Template("", pieces))
+        yield "{%- if loop.first -%}"
+        yield from _turn(pieces, values, words)
+        yield "{%- else -%}"
+        yield from _turn(further.words, values, words)
+        yield "{%- endif -%}"
     yield "{%- endif -%}{%- endif -%}{%- endfor -%}"
     yield _said(words)
 
 
-def _turn(pieces: Sequence[Piece], words: Words) -> Iterator[str]:
-    """Yield what adds a user's turn: text collects in ``ns.text`` and is said where a token of another kind stands."""
-    fields = Template("", tuple(pieces)).fields
-    if not fields:
+def _values(template: Template) -> Generator[str, None, dict[str, str]]:
+    """Yield what sets a variable to each field's text, and return the variables' names by field."""
+    fields, optional, question = template.fields, template.optional_fields, template.question_field
+    if question is None:
         yield "{%- if message['content'] | trim -%}"
         yield "{{- raise_exception('the template of ' ~ chosen ~ ' has no place for a text') -}}{%- endif -%}"
-    optional = Template("", tuple(pieces)).optional_fields
     for number, field in enumerate(fields):
-        if number == 0:
-            yield "{%- set v0 = message['content'] -%}"
+        if field == question:
+            yield f"{{%- set v{number} = message['content'] -%}}"
             continue
         name = kwarg_of(field)
         value = name or f"fields[{_literal(field)}]"
@@ -140,7 +159,11 @@ def _turn(pieces: Sequence[Piece], words: Words) -> Iterator[str]:
             yield f"{{%- if not ({known}) -%}}"
             yield "{{- raise_exception('the task ' ~ chosen ~ ' needs the field ' ~ " + _literal(field)
             yield f" ~ ' in {place}') -}}}}{{%- endif -%}}"
-    values = {field: f"v{number}" for number, field in enumerate(fields)}
+    return {field: f"v{number}" for number, field in enumerate(fields)}
+
+
+def _turn(pieces: Sequence[Piece], values: Mapping[str, str], words: Words) -> Iterator[str]:
+    """Yield what adds a user's turn: text collects in ``ns.text`` and is said where a token of another kind stands."""
     offset = 0
     for piece_kind, group in groupby(pieces, key=_kind_of):
         if piece_kind == "text":
@@ -150,12 +173,12 @@ def _turn(pieces: Sequence[Piece], words: Words) -> Iterator[str]:
             yield from _put_in([p for p in group if isinstance(p, Field | Optional)], values)
         elif piece_kind == "virtual":
             count = sum(p.count for p in group if isinstance(p, Virtual))
-            yield "{%- if loop.first -%}" + _said(words)
+            yield _said(words)
             yield f"{{%- for k in range(first + {offset}, first + {offset + count}) -%}}"
-            yield "{{- " + _literal(words.mark + ":") + " ~ k ~ '|>' -}}{%- endfor -%}{%- endif -%}"
+            yield "{{- " + _literal(words.mark + ":") + " ~ k ~ '|>' -}}{%- endfor -%}"
             offset += count
         elif piece_kind == "bos":
-            yield "{%- if loop.first -%}" + _said(words) + "{{- " + _literal(words.bos) + " -}}{%- endif -%}"
+            yield _said(words) + "{{- " + _literal(words.bos) + " -}}"
 
 
 def _put_in(pieces: Sequence[Field | Optional], values: Mapping[str, str]) -> Iterator[str]:

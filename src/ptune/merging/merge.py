@@ -218,12 +218,15 @@ class _Merge:
         """
         renderers = {name: loaded.task.renderer for name, loaded in self._engine.prompts.items()}
         on_disk = self._ids_of_tasks(ids)
-        shapes = {name: TaskShape(renderer.pieces, ids.index(on_disk[name][0])) for name, renderer in renderers.items()}
+        shapes = {
+            name: TaskShape(renderer.pieces, ids.index(on_disk[name][0]), renderer.further)
+            for name, renderer in renderers.items()
+        }
         tokenizer = self._backbone.tokenizer
         bos = as_text(tokenizer, next((r.opening for r in renderers.values() if r.opening), ()))
         opening = as_text(tokenizer, opening_ids(tokenizer))
         own = own_chat_template(self._backbone.tokenizer)
-        one_of_each = {shape.pieces: name for name, shape in shapes.items()}.values()
+        one_of_each = {shape.form: name for name, shape in shapes.items()}.values()
         for leading_blank in (False, True):
             write_chat_template(folder, chat_template(shapes, Words(mark, bos, opening, leading_blank), own))
             tokenizer = load_tokenizer(folder)

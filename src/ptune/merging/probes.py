@@ -40,7 +40,8 @@ def probe_records(template: Template, count: int | None = None) -> list[dict[str
 
 def chat_kwargs(template: Template, record: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """Return what a chat request says for a record: the user's message, and the other fields as keyword arguments."""
-    first, *others = template.fields or ("",)
+    first = template.question_field or ""
+    others = [name for name in template.fields if name != first]
     kwargs: dict[str, Any] = {name: record[name] for name in others if name in record and kwarg_of(name)}
     odd = {name: record[name] for name in others if name in record and not kwarg_of(name)}
     return record.get(first, ""), kwargs | ({"fields": odd} if odd else {})

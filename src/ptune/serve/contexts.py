@@ -1,7 +1,7 @@
 """How a request becomes the ids that the model reads: a text or a conversation, by a soft prompt's template or bare.
 
-A text, and a conversation's last message, stand in the template's first field; other fields come by name. Earlier turns
-follow the rule of `ptune.chat`. Knows no HTTP but refusals.
+A text, and a conversation's last message, stand in the template's first field, that of a system message apart; other
+fields come by name. Earlier turns stand before it as `ptune.rendering` has it in training. Knows no HTTP but refusals.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptune.backbone import Backbone
-from ptune.chat import conversation
+from ptune.conversations import Exchange
 from ptune.engine import LoadedPrompt
 from ptune.errors import did_you_mean
+from ptune.readers import Record
 from ptune.rendering import Renderer
 from ptune.serve.refusals import RefusedError
 
@@ -22,19 +23,19 @@ Message = tuple[str, str]
 
 
 def record_of(renderer: Renderer, text: str, fields: Mapping[str, str]) -> dict[str, str]:
-    """Return a record whose text is the template's first field.
+    """Return a record whose text is the template's first field, that of a system message apart.
 
     Raises:
         RefusedError: 400, a field that the template lacks, or the first one by name as well.
     """
-    known = renderer.template.fields
-    if not known:
+    question = renderer.template.question_field
+    if question is None:
         raise RefusedError(400, "the template of this soft prompt has no field for a text", param="model")
     for name in fields:
-        if name == known[0]:
+        if name == question:
             raise RefusedError(400, f'the field "{name}" is the text itself; leave it out of fields', param="fields")
         check_field(renderer, name)
-    return {known[0]: text, **fields}
+    return {question: text, **fields}
 
 
 def check_field(renderer: Renderer, name: str) -> None:
@@ -126,10 +127,11 @@ def chat_context(
                 param="messages",
             )
         fields = {"system": instructions, **fields}
-    asked = [context_of(renderer, record_of(renderer, text, fields)) for text in turns[::2]]
-    answered = [renderer.answer_ids(text, end=False) for text in turns[1::2]]
-    context, _ = conversation(backbone, list(zip(asked, answered, strict=False)), asked[-1], new_tokens)
-    return context
+    asked = [record_of(renderer, text, fields) for text in turns[::2]]
+    record = Record(asked[-1], "this conversation")
+    record.history = tuple(Exchange(*pair) for pair in zip(asked, turns[1::2], strict=False))
+    row = renderer.conversation(record, reserve=renderer.reserve_for(new_tokens))
+    return context_of(renderer, asked[-1]) if row is None else list(row.ids)
 
 
 def _in_turn(messages: Sequence[Message]) -> tuple[str | None, list[str]]:

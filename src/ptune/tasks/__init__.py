@@ -12,6 +12,7 @@ from ptune.settings import Settings
 from ptune.task_config import (
     ChoiceConfig,
     ClassificationConfig,
+    ExtractionConfig,
     GenerationConfig,
     LinearClassificationConfig,
     TaggingConfig,
@@ -19,18 +20,21 @@ from ptune.task_config import (
 )
 from ptune.tasks.choice import Choice
 from ptune.tasks.classification import Classification
+from ptune.tasks.extraction import Extraction
 from ptune.tasks.generation import Generation
 from ptune.tasks.linear_classification import LinearClassification, learnt_labels, linear_classification
 from ptune.tasks.scoring import ScoringTask
 from ptune.tasks.tagging import Tagging, learnt_tags
-from ptune.tasks.task import Assessment, Example, Forward, Task
+from ptune.tasks.task import Asked, Assessment, Example, Forward, Task
 from ptune.template import Template
 
 __all__ = [
+    "Asked",
     "Assessment",
     "Choice",
     "Classification",
     "Example",
+    "Extraction",
     "Forward",
     "Generation",
     "LinearClassification",
@@ -49,6 +53,7 @@ _TASKS: dict[type[Settings], Callable[[Any, Renderer], Task]] = {
     ChoiceConfig: Choice,
     TaggingConfig: Tagging,
     GenerationConfig: Generation,
+    ExtractionConfig: Extraction,
 }
 
 
@@ -126,4 +131,4 @@ def default_overlong(config: Settings) -> Overlong:
 
     Free text and words to tag are cut; else it is an error.
     """
-    return "cut" if isinstance(config, GenerationConfig | TaggingConfig) else "error"
+    return "cut" if isinstance(config, GenerationConfig | ExtractionConfig | TaggingConfig) else "error"

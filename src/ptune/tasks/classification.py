@@ -25,9 +25,8 @@ from ptune.rendering import Renderer
 from ptune.settings import label_text
 from ptune.task_config import ClassificationConfig
 from ptune.tasks.label_reading import masked_reading, trie_reading
-from ptune.tasks.reading import logits_read
 from ptune.tasks.scoring import ScoringTask
-from ptune.tasks.task import Forward, answer_value
+from ptune.tasks.task import answer_value
 
 
 class Classification(ScoringTask):
@@ -53,6 +52,8 @@ class Classification(ScoringTask):
         self._names_contained = [*config.contained, *config.contained.values()]
         self._reading = masked_reading(tokens) if renderer.kind is MASKED else trie_reading(tokens)
         self.rows_each = self._reading.rows_each
+        if self._reading.single:
+            self.columns = self._reading.token[:, 0]
 
     def names(self, record: Mapping[str, Any]) -> Sequence[str]:
         """Return the labels."""
@@ -110,13 +111,6 @@ class Classification(ScoringTask):
             return scores
         empty = dict.fromkeys((*self.renderer.template.fields, *self._names_contained), "")
         return scores - self.scores(backbone, [self.rows(empty)], backbone.tokenizer.pad_token_id).float().cpu()
-
-    def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
-        """Return the labels' scores ``[E, C]``; of single tokens their logits, whose normaliser is one for all."""
-        if not self._reading.single:
-            return super().scores(forward, examples, pad_id)
-        rows = [row for example in examples for row in example]
-        return at_least_float32(logits_read(forward, rows, pad_id, self._reading.token[:, 0]))
 
     def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
         """Return the labels' scores ``[E, C]`` from what is read, logits ``[E * S, V]``."""

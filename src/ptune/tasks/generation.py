@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from ptune.backbone import Backbone
 from ptune.batch import Row, collate
 from ptune.errors import ConfigError, DataError, MissingExtraError, did_you_mean
-from ptune.generation import GenerationOptions, generate
+from ptune.generation import Generated, GenerationOptions, generate
+from ptune.readers import Record
 from ptune.rendering import Renderer
-from ptune.task_config import GenerationConfig
-from ptune.tasks.task import Example, Forward, Task
+from ptune.task_config import ExtractionConfig, GenerationConfig
+from ptune.tasks.task import Asked, Example, Task
 
 # Scripts that write no blanks between words: every character counts as one.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
@@ -31,9 +33,9 @@ class Generation(Task):
     """A record is answered by text."""
 
     answer_key = "text"
-    config: GenerationConfig
+    config: GenerationConfig | ExtractionConfig
 
-    def __init__(self, config: GenerationConfig, renderer: Renderer) -> None:
+    def __init__(self, config: GenerationConfig | ExtractionConfig, renderer: Renderer) -> None:
         """Bind the task.
 
         Raises:
@@ -42,11 +44,16 @@ class Generation(Task):
         super().__init__(config, renderer)
         if not renderer.kind.generates:
             raise ConfigError(
-                f"{renderer.kind.words} writes no text, so it cannot learn a task of type generation; "
+                f"{renderer.kind.words} writes no text, so it cannot learn a task of type {config.type}; "
                 "choose type classification, or another model"
             )
         self.metric = config.metric
         self.greater_is_better = config.metric != "loss"
+
+    @property
+    def answer_field(self) -> str:
+        """The record's field that holds its answer."""
+        return getattr(self.config, "answer_field", "")
 
     def answer(self, record: Mapping[str, Any]) -> str:
         """Return the record's answer as it stands.
@@ -54,8 +61,13 @@ class Generation(Task):
         Raises:
             DataError: the record lacks it.
         """
-        field = self.config.answer_field
+        field = self.answer_field
         if not isinstance(record.get(field), str):
+            if isinstance(record, Record) and record.open_question:
+                raise DataError(
+                    f"{record.location} is a conversation that ends with a question, so nothing can be learnt at its "
+                    "end; write its answer, or remove the question"
+                )
             location, known = getattr(record, "location", "a record"), [str(key) for key in record]
             raise DataError(
                 f'{location} has no answer: it lacks text in the field "{field}" and has {", ".join(known)}; '
@@ -69,23 +81,35 @@ class Generation(Task):
 
     def example(self, record: Mapping[str, Any]) -> Example | None:
         """Return a record as one row whose answer is supervised; one that is tokenised already as it is."""
-        tokenised = "input_ids" in record and self.config.answer_field not in record
+        tokenised = "input_ids" in record and self.answer_field not in record
         row = self.renderer.tokenised_row(record) if tokenised else self.renderer.row(record, self.answer(record))
         return None if row is None else Example((row,), None, weight=_supervised(row))
 
-    def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
-        """Return the cross-entropy summed over supervised tokens."""
+    def asks(self, examples: Sequence[Example], pad_id: int) -> Asked:
+        """Return the examples' rows with their labels."""
         batch = collate([example.rows[0] for example in examples], pad_id)
-        return forward(batch.input_ids, batch.attention_mask, labels=batch.labels)
+        return Asked(batch.input_ids, batch.attention_mask, labels=batch.labels)
+
+    def loss_of(self, answer: Tensor, examples: Sequence[Example]) -> Tensor:
+        """Return the cross-entropy summed over supervised tokens, a scalar: what the model gave."""
+        return answer
 
     def predict(
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
     ) -> list[dict[str, Any]]:
         """Return for each record its ``text``, greedily decoded, and whether it ended by itself (``finished``)."""
+        answers = self.written(backbone, records, batch_size=batch_size)
+        return [self.answer_from(record, answer) for record, answer in zip(records, answers, strict=True)]
+
+    def answer_from(self, record: Mapping[str, Any], generated: Generated) -> dict[str, Any]:
+        """Return what `predict` says of a record for which this was written."""
+        return {"text": generated.text, "finished": generated.finished}
+
+    def written(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> list[Generated]:
+        """Return what is written for each record, greedily decoded, in order."""
         contexts = [self.renderer.question(record, self.config.max_new_tokens) for record in records]
         options = GenerationOptions(max_new_tokens=self.config.max_new_tokens)
-        answers = generate(backbone, contexts, options, batch_size=batch_size)
-        return [{"text": answer.text, "finished": answer.finished} for answer in answers]
+        return generate(backbone, contexts, options, batch_size=batch_size)
 
     def evaluate(
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
@@ -104,13 +128,19 @@ class Generation(Task):
         loss = total / sum(example.weight for example in examples)
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if self.metric != "loss":
-            texts = [answer["text"] for answer in self.predict(backbone, records, batch_size=batch_size)]
-            metrics[self.metric] = score_texts(self.metric, texts, [self.answer(record) for record in records])
+            metrics |= self.scores(backbone, records, batch_size=batch_size)
         return metrics
+
+    def scores(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> dict[str, float]:
+        """Return the metrics of written answers that go with the one that the task chooses by."""
+        texts = [answer.text for answer in self.written(backbone, records, batch_size=batch_size)]
+        references = [self.answer(record) for record in records]
+        names = ("rouge_1", "rouge_2", "rouge_l") if self.metric == "rouge_l" else (self.metric,)
+        return {name: score_texts(name, texts, references) for name in names}
 
 
 def score_texts(metric: str, texts: Sequence[str], references: Sequence[str]) -> float:
-    """Return ``rouge_l``, ``bleu`` (0 to 100) or ``exact_match`` of texts against one reference each.
+    """Return a metric of texts against one reference each: ROUGE and exact match 0 to 1, BLEU 0 to 100.
 
     Raises:
         MissingExtraError: BLEU needs sacrebleu.
@@ -120,6 +150,9 @@ def score_texts(metric: str, texts: Sequence[str], references: Sequence[str]) ->
         return sum(text.strip() == reference.strip() for text, reference in pairs) / len(pairs)
     if metric == "rouge_l":
         return math.fsum(rouge_l(text, reference) for text, reference in pairs) / len(pairs)
+    if metric in ("rouge_1", "rouge_2"):
+        length = int(metric[-1])
+        return math.fsum(rouge_n(text, reference, length) for text, reference in pairs) / len(pairs)
     try:
         import sacrebleu
     except ImportError as error:
@@ -140,6 +173,17 @@ def rouge_l(text: str, reference: str) -> float:
             row.append(before[place - 1] + 1 if word == other else max(before[place], row[-1]))
         before = row
     return 2 * before[-1] / (len(ours) + len(theirs))
+
+
+def rouge_n(text: str, reference: str, length: int) -> float:
+    """Return the F1 of the runs of ``length`` words that both texts have (Lin 2004, section 2)."""
+    ours, theirs = (
+        Counter(zip(*(words[start:] for start in range(length)), strict=False))
+        for words in (_WORD.findall(text.lower()), _WORD.findall(reference.lower()))
+    )
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
 
 
 def _supervised(row: Row) -> int:

@@ -24,7 +24,7 @@ from ptune.settings import label_text
 from ptune.task_config import LinearClassificationConfig
 from ptune.tasks.metrics import average_f1s
 from ptune.tasks.scoring import ScoringTask
-from ptune.tasks.task import Assessment, Example, Forward, answer_value
+from ptune.tasks.task import Assessment, Example, answer_value
 
 _THRESHOLD = 0.5
 _SHOWN_LABELS = 10
@@ -110,9 +110,9 @@ class MultiLabelClassification(LinearClassification):
         """Return a record's row with the numbers of its labels."""
         return Example(self.rows(record), self._targets(record), weight=1)
 
-    def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
-        """Return the binary cross-entropy, a mean over labels, summed over examples."""
-        scores = self.scores(forward, [example.rows for example in examples], pad_id)  # [E, C]
+    def loss_of(self, answer: Tensor, examples: Sequence[Example]) -> Tensor:
+        """Return the binary cross-entropy, a mean over labels, summed over examples, of hidden states ``[S, H]``."""
+        scores = self.scores_of(answer, [example.rows for example in examples])  # [E, C]
         return self._loss(scores, [example.target for example in examples])
 
     def answer_from(self, record: Mapping[str, Any], scores: Tensor) -> dict[str, Any]:

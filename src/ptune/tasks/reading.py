@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ptune.backbone import Backbone
 from ptune.batch import Row, collate
-from ptune.tasks.task import Forward, Task
+from ptune.tasks.task import Asked, Forward, Task
 
 
 class ReadingTask(Task):
@@ -43,27 +43,27 @@ class ReadingTask(Task):
             backbone: that they come from.
         """
 
-    def read(self, forward: Forward, rows: Sequence[Row], pad_id: int) -> Tensor:
-        """Return what all places of rows hold, in their order, by one forward pass: ``[S, V]`` or ``[S, H]``."""
-        if not self.reads_states:
-            return logits_read(forward, rows, pad_id)
+    def asked(self, rows: Sequence[Row], pad_id: int, columns: Tensor | None = None) -> Asked:
+        """Return the question for what all places of rows hold, in their order: ``[S, V]`` or ``[S, H]``.
+
+        For the logits of some tokens alone, ``[S, C]``, where they are given as ``columns``, ``[C]`` int64.
+        """
         batch = collate(rows, pad_id)
-        return forward(batch.input_ids, batch.attention_mask, positions=_positions(batch.input_ids, rows), states=True)
+        positions = torch.zeros_like(batch.input_ids, dtype=torch.bool)  # [B, T]
+        for number, row in enumerate(rows):
+            positions[number, list(row.read_at)] = True
+        return Asked(
+            batch.input_ids, batch.attention_mask, positions=positions, columns=columns, states=self.reads_states
+        )
+
+    def read(self, forward: Forward, rows: Sequence[Row], pad_id: int) -> Tensor:
+        """Return what `asked` asks for, by one forward pass."""
+        return self.asked(rows, pad_id).of(forward)
 
     def head_scores(self, states: Tensor) -> Tensor:
         """Return the linear head's scores ``[S, C]`` for hidden states ``[S, H]``."""
         assert self.head is not None, "a task that reads states is answered with its head, and has none"
         return self.head(states)
-
-
-def logits_read(forward: Forward, rows: Sequence[Row], pad_id: int, columns: Tensor | None = None) -> Tensor:
-    """Return the logits ``[S, V]`` of all places that rows read, in their order, by one forward pass.
-
-    Those of some tokens alone where they are given as ``columns``, ``[C]`` int64.
-    """
-    batch = collate(rows, pad_id)
-    positions = _positions(batch.input_ids, rows)
-    return forward(batch.input_ids, batch.attention_mask, positions=positions, columns=columns)
 
 
 def in_batches(rows: Sequence[Sequence[Row]], batch_size: int) -> Iterator[list[int]]:
@@ -81,10 +81,3 @@ def in_batches(rows: Sequence[Sequence[Row]], batch_size: int) -> Iterator[list[
             end += 1
         yield order[start:end]
         start = end
-
-
-def _positions(input_ids: Tensor, rows: Sequence[Row]) -> Tensor:
-    positions = torch.zeros_like(input_ids, dtype=torch.bool)  # [B, T]
-    for number, row in enumerate(rows):
-        positions[number, list(row.read_at)] = True
-    return positions

@@ -21,10 +21,11 @@ from torch.nn import functional
 
 from ptune.backbone import Backbone
 from ptune.batch import Row
+from ptune.losses import at_least_float32
 from ptune.tasks.calibration import calibration_error, reliability
 from ptune.tasks.metrics import confusion, macro_f1, micro_f1
 from ptune.tasks.reading import ReadingTask, in_batches
-from ptune.tasks.task import Assessment, Example, Forward
+from ptune.tasks.task import Asked, Assessment, Example, Forward
 
 
 class ScoringTask(ReadingTask):
@@ -35,6 +36,7 @@ class ScoringTask(ReadingTask):
         negative: number of the answer that micro F1 leaves out.
         weights: ``[C]`` float32, of each answer in the loss; None for equal ones.
         temperature: that scores are divided by before they become probabilities; None for scores as they are.
+        columns: ``[C]`` int64, the answers' tokens, where their logits alone are scores; None where all are needed.
     """
 
     answer_key = "label"
@@ -42,6 +44,7 @@ class ScoringTask(ReadingTask):
     negative: int | None = None
     weights: Tensor | None = None
     temperature: float | None = None
+    columns: Tensor | None = None
 
     @abstractmethod
     def names(self, record: Mapping[str, Any]) -> Sequence[str]:
@@ -66,7 +69,14 @@ class ScoringTask(ReadingTask):
 
     def scores(self, forward: Forward, examples: Sequence[Sequence[Row]], pad_id: int) -> Tensor:
         """Return the scores ``[E, C]`` of examples by one forward pass."""
-        return self.scores_of(self.read(forward, [row for rows in examples for row in rows], pad_id), examples)
+        return self._scores(self._asked(examples, pad_id).of(forward), examples)
+
+    def _asked(self, examples: Sequence[Sequence[Row]], pad_id: int) -> Asked:
+        return self.asked([row for rows in examples for row in rows], pad_id, self.columns)
+
+    def _scores(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
+        # of single tokens the logits will do, for their normaliser is one for all
+        return at_least_float32(read) if self.columns is not None else self.scores_of(read, examples)
 
     def corrected(self, scores: Tensor, backbone: Backbone) -> Tensor:
         """Return scores ``[E, C]`` as they count for predictions; themselves unless a task says otherwise."""
@@ -76,9 +86,13 @@ class ScoringTask(ReadingTask):
         """Return a record's rows with the number of its answer."""
         return Example(self.rows(record), self.target(record), weight=1)
 
-    def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
-        """Return the cross-entropy over the answers, summed over examples."""
-        scores = self.scores(forward, [example.rows for example in examples], pad_id)
+    def asks(self, examples: Sequence[Example], pad_id: int) -> Asked:
+        """Return the examples' rows with the places where answers are read."""
+        return self._asked([example.rows for example in examples], pad_id)
+
+    def loss_of(self, answer: Tensor, examples: Sequence[Example]) -> Tensor:
+        """Return the cross-entropy over the answers, summed over examples: a scalar of logits ``[S, V]``."""
+        scores = self._scores(answer, [example.rows for example in examples])
         return self._summed_loss(scores, torch.tensor([example.target for example in examples], device=scores.device))
 
     def _summed_loss(self, scores: Tensor, targets: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from ptune.settings import label_text
 from ptune.task_config import TAG, TaggingConfig, scheme_mistake
 from ptune.tasks.reading import ReadingTask, in_batches
 from ptune.tasks.tag_spans import plain_tag, spans_of
-from ptune.tasks.task import Example, Forward, answer_value
+from ptune.tasks.task import Asked, Example, answer_value
 from ptune.template import Field, Virtual
 from ptune.words import spelled_out, split_text, tokenised_words
 
@@ -100,10 +100,13 @@ class Tagging(ReadingTask):
         assert row is not None, "nothing is dropped where a record is asked for"
         return (row,)
 
-    def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
-        """Return the cross-entropy over tags, summed over words."""
-        states = self.read(forward, [row for example in examples for row in example.rows], pad_id)  # [N, H]
-        scores = self.head_scores(states)  # [N, C]
+    def asks(self, examples: Sequence[Example], pad_id: int) -> Asked:
+        """Return the examples' rows with the places where words are read."""
+        return self.asked([row for example in examples for row in example.rows], pad_id)
+
+    def loss_of(self, answer: Tensor, examples: Sequence[Example]) -> Tensor:
+        """Return the cross-entropy over tags, summed over words, of hidden states ``[N, H]``."""
+        scores = self.head_scores(answer)  # [N, C]
         targets = torch.tensor(list(chain.from_iterable(example.target for example in examples)), device=scores.device)
         return functional.cross_entropy(scores, targets, reduction="sum")
 

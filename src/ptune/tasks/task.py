@@ -43,6 +43,38 @@ class Forward(Protocol):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a loss asks of a model: the arguments of one `Forward`.
+
+    Attributes:
+        input_ids: ``[B, T]`` int64.
+        attention_mask: ``[B, T]`` int64.
+        labels: ``[B, T]`` int64, where a summed loss is wanted.
+        positions: ``[B, T]`` bool, where logits are.
+        columns: ``[C]`` int64, with positions: the tokens whose logits are wanted; None for all.
+        states: whether hidden states are wanted at positions.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor | None = None
+    positions: Tensor | None = None
+    columns: Tensor | None = None
+    states: bool = False
+
+    def of(self, forward: Forward) -> Tensor:
+        """Return what a model answers."""
+        return forward(
+            self.input_ids,
+            self.attention_mask,
+            labels=self.labels,
+            positions=self.positions,
+            columns=self.columns,
+            states=self.states,
+        )
+
+
+@dataclass(frozen=True)
 class Example:
     """A record made ready to learn from.
 
@@ -140,8 +172,22 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def asks(self, examples: Sequence[Example], pad_id: int) -> Asked:
+        """Return what the loss of some examples asks of a model."""
+
+    @abstractmethod
+    def loss_of(self, answer: Tensor, examples: Sequence[Example]) -> Tensor:
+        """Return the loss summed over examples, a scalar.
+
+        Args:
+            answer: what the model gave for `asks`: a summed loss, logits ``[N, V]`` or ``[N, C]``, or hidden states
+                ``[N, H]``.
+            examples: those that were asked about.
+        """
+
     def loss(self, forward: Forward, examples: Sequence[Example], pad_id: int) -> Tensor:
         """Return the loss summed over examples, a scalar; divide it by the sum of their weights."""
+        return self.loss_of(self.asks(examples, pad_id).of(forward), examples)
 
     @abstractmethod
     def predict(

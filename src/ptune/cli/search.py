@@ -1,0 +1,71 @@
+"""`ptune search CONFIG.yaml`: train many candidates at once, and keep the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def search(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file of settings, with a section `search` or none.")],
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="A setting and its values, as in `learning_rate=0.002,0.01`; may come several times."),
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=2, help="Draw so many candidates of the grid, by training.seed.")
+    ] = None,
+    halvings: Annotated[
+        int | None, typer.Option(min=0, help="How often the better half goes on alone; 0 for never. Default: 2.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Most candidates that are accepted. Default: 32.")] = None,
+    model: Annotated[str | None, typer.Option(help='Folder, Hub name or "mini"; goes before the file\'s.')] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder or Hub name; goes before the file's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the best soft prompt; goes before the file's.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew in a folder that holds another run.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say how the batches would be carried out, and train nothing.")
+    ] = False,
+) -> None:
+    """Train candidates together on one loaded model, drop the worse half twice, keep the best soft prompt.
+
+    Every combination of the varied settings is a candidate. Any setting of the file can be given by its name, as in
+    `--training.max_steps 300`. docs/search.md has the rest.
+    """
+    from ptune.candidates import load_search, parse_vary
+    from ptune.cli.quiet import quiet
+    from ptune.config_file import parse_overrides
+
+    overrides = parse_overrides(context.args)
+    if model is not None:
+        overrides["model.name"] = model
+    if data is not None:
+        overrides |= {"data.train": data, "data.dev": None}
+    if output is not None:
+        overrides["output"] = str(output)
+    given: dict[str, Any] = {"sample": sample, "halvings": halvings, "limit": limit}
+    given = {name: value for name, value in given.items() if value is not None}
+    run, settings = load_search(config, overrides, given | {"vary": parse_vary(vary or [])})
+
+    quiet()
+    if explain:
+        from ptune.cli.explain import explain_search
+
+        explain_search(run, settings)
+        return
+    from ptune.cli.search_progress import SearchProgress
+    from ptune.searching import search as search_for
+    from ptune.stopping import Stopped
+
+    try:
+        with SearchProgress() as reporter:
+            search_for(run, settings, reporter=reporter, overwrite=overwrite)
+            reporter.console.print(f"saved [bold]{run.output}[/]; all candidates: {run.output / 'run' / 'search.json'}")
+    except Stopped as stopped:  # typer would end without a word
+        typer.echo(f"ptune: {stopped}", err=True)
+        raise typer.Exit(130) from None
