@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from ptune.openings import Group
 from ptune.packed_attention import Packing
 
-PlanName = Literal["reference", "shared prefix", "packed rows", "frozen context"]
+PlanName = Literal["reference", "shared prefix", "packed rows", "kept prefix", "frozen context"]
 
 
 class Run(Protocol):
