@@ -48,10 +48,19 @@ def read_library(folder: str | Path) -> list[LibraryEntry]:
     folder = Path(folder)
     if not folder.is_dir():
         raise SoftPromptError(f'there is no folder "{folder}"; name one that holds soft prompts, as prompts')
-    found = sorted(path.parent for path in folder.rglob(DESCRIPTION))
+    found = folders_in(folder)
     if not found:
         raise SoftPromptError(f'"{folder}" holds no soft prompt; `ptune train` writes one')
-    return [_entry(path, str(path.relative_to(folder)) if path != folder else path.resolve().name) for path in found]
+    return [_entry(path, name) for name, path in found.items()]
+
+
+def folders_in(folder: Path) -> dict[str, Path]:
+    """Return where the soft prompts in a folder lie, by name: the path from there, or the folder's own name for itself.
+
+    Nothing is read, so damaged ones are among them.
+    """
+    found = sorted(path.parent for path in folder.rglob(DESCRIPTION))
+    return {path.relative_to(folder).as_posix() if path != folder else path.resolve().name: path for path in found}
 
 
 def _entry(folder: Path, name: str) -> LibraryEntry:

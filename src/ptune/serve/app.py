@@ -55,6 +55,7 @@ def create_app(
         ConfigError: there is no such folder.
     """
     settings = settings or ServeSettings()
+    engine.memory.budget = settings.prompt_memory
     service = Service(engine, PromptFolder(prompts, engine.backbone), settings)
 
     @contextlib.asynccontextmanager
