@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import threading
@@ -73,7 +74,7 @@ def test_prompts_over_the_budget_are_forgotten_and_come_back_at_other_ids(backbo
 def test_a_thousand_prompts_answer_as_each_alone(backbone: Backbone, tmp_path: Path) -> None:
     fill(tmp_path, backbone, 20)
     for number in range(20, 1000):  # copied, for a save waits for the disk
-        shutil.copytree(tmp_path / f"p{number % 20}", tmp_path / f"p{number}")
+        shutil.copytree(tmp_path / f"p{number % 20}", tmp_path / f"p{number}", copy_function=os.link)
     names = [f"p{number}" for number in random.Random(0).sample(range(1000), 300)]
     with Engine(backbone, prompts=tmp_path, prompt_memory="100kB") as engine:
         answers = engine.predict(names, [{"text": TEXTS[0]}] * 300, batch_size=64)

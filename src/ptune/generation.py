@@ -279,7 +279,8 @@ class _Follower(StoppingCriteria):
         ids, ended = self._spoken(row)
         if not ended and (self._listener.on_text or self._listener.on_logprobs or self._stop):
             text, ended = self._cut(self._text(ids))
-            self._show(number, ids, text, whole=ended)
+            if not ended:  # else `result` shows it, without the tokens of the stop text
+                self._show(number, ids, text)
         if ended or not self._listener.goes_on(number, len(row)):
             self.result(number, row)
         return number in self._done
@@ -297,14 +298,16 @@ class _Follower(StoppingCriteria):
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         return (text[: min(places)], True) if places else (text, False)
 
-    def _show(self, number: int, ids: list[int], text: str, *, whole: bool) -> None:
+    def _show(self, number: int, ids: list[int], text: str, *, whole: bool = False) -> None:
         """Hand out what is new of a row's text, and the log-probabilities of the tokens that say it."""
         if not whole:  # the end of it may yet become another character, or a stop text
             text = text.rstrip(_UNFINISHED)
             text = text[: len(text) - max(map(len, self._stop), default=1) + 1]
         if self._logprobs is not None and self._listener.on_logprobs:
             told = end = self._told[number]
-            while end < len(ids) and (whole or len(self._text(ids[: end + 1])) <= len(text)):
+            while end < len(ids) and (
+                whole or len(self._text(ids[:end])) < len(text) >= len(self._text(ids[: end + 1]))
+            ):  # a token that adds nothing may yet be cut off with a stop text
                 end += 1
             if whole or len(text) > self._shown[number]:
                 self._listener.logprobs(number, self._logprobs.of(number, told, end))

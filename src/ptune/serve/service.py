@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from starlette.requests import Request
 
 from ptune.engine import Engine
-from ptune.serve.jobs import Job, Scored, Written
+from ptune.serve.jobs import Job, Piece, Scored, Written
 from ptune.serve.metrics import Metrics
 from ptune.serve.prompts import PromptFolder
 from ptune.serve.protocol import Usage
@@ -23,10 +23,10 @@ from ptune.serve.settings import ServeSettings
 
 T = TypeVar("T")
 
-Event: TypeAlias = "tuple[int, str | Written]"
+Event: TypeAlias = "tuple[int, Piece | Written]"
 """A job's number, and a piece of its text or, at its end, its whole answer."""
 
-Heard: TypeAlias = "tuple[int, str | Future[Any]]"
+Heard: TypeAlias = "tuple[int, Piece | Future[Any]]"
 """What the engine's thread hands over: a job's number, and a piece of its text or, at its end, its future."""
 
 
@@ -106,7 +106,7 @@ class Service:
                     number, what = await asyncio.wait_for(queue.get(), until - time.monotonic())
                 except asyncio.TimeoutError:
                     raise self._too_late() from None
-                if isinstance(what, str):
+                if isinstance(what, Piece):
                     yield number, what
                 else:
                     left -= 1
