@@ -21,7 +21,7 @@ from ptune.config import ModelConfig
 from ptune.engine_thread import EngineThread
 from ptune.errors import DataError, SoftPromptError, did_you_mean
 from ptune.generation import Generated, GenerationOptions, generate
-from ptune.library import folders_in
+from ptune.library import Library
 from ptune.mixed_batches import answer_together
 from ptune.prompt_memory import PromptMemory
 from ptune.settings import bytes_of
@@ -81,10 +81,7 @@ class Engine:
         """
         self.memory = PromptMemory(bytes_of(prompt_memory))
         keys = bytes_of(key_memory)
-        self._library = None if prompts is None else Path(prompts)
-        if self._library is not None and not self._library.is_dir():
-            raise SoftPromptError(f'there is no folder "{prompts}"; name one that holds soft prompts, as prompts')
-        self._folders = {} if self._library is None else folders_in(self._library)
+        self._library = Library(prompts)
         self.backbone = backbone if isinstance(backbone, Backbone) else Backbone.load(backbone)
         self._tokens = self.backbone.attach()
         self._tokens.prefixes.budget = keys
@@ -164,11 +161,11 @@ class Engine:
 
     def offer(self, name: str, folder: Path) -> None:
         """Let a soft prompt be loaded from its folder when it is first used."""
-        self._folders[name] = folder
+        self._library.add(name, folder)
 
     def withdraw(self, name: str) -> None:
         """Forget a soft prompt, and where it lies."""
-        self._folders.pop(name, None)
+        self._library.drop(name)
         self.remove(name)
 
     def hold(self, name: str) -> LoadedPrompt:
@@ -179,7 +176,7 @@ class Engine:
         """
         with self._tokens.lock:
             if name not in self._loaded:
-                prompt = SoftPrompt.load(self._folder(name))
+                prompt = SoftPrompt.load(self._library.find(name, self._loaded))
                 self.add(name, prompt)
                 self.memory.add(name, 2 * prompt.rows.nbytes)  # the table is a copy of what each soft prompt keeps
             if name in self.memory:
@@ -398,14 +395,3 @@ class Engine:
     def _template(self, name: str) -> Template:
         with self._using(name) as (loaded,):
             return loaded.task.renderer.template
-
-    def _folder(self, name: str) -> Path:
-        """Return where a soft prompt lies. A name is looked up and never becomes part of a path."""
-        if name not in self._folders and self._library is not None:
-            self._folders = folders_in(self._library) | self._folders  # it may have been saved since
-        if name not in self._folders:
-            known = list(dict.fromkeys([*self._loaded, *self._folders]))
-            listed = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "") or "none"
-            place = "is loaded (loaded" if self._library is None else f'is in "{self._library}" (there are'
-            raise SoftPromptError(f'no soft prompt "{name}" {place}: {listed}).{did_you_mean(name, known)}')
-        return self._folders[name]
