@@ -25,8 +25,8 @@ from ptune.deep_prompts import DeepPrompt
 from ptune.encoder_decoder import decoder_start
 from ptune.errors import BackboneError
 from ptune.families import ENCODER_DECODER
-from ptune.keys_and_values import new_cache, padded
 from ptune.kept_prefixes import opening_run
+from ptune.keys_and_values import new_cache, padded
 from ptune.sampling import Generated as Generated
 from ptune.sampling import GenerationOptions as GenerationOptions
 from ptune.sampling import Logprobs, TokenLogprob, processors
