@@ -91,7 +91,7 @@ class Load:
                     try:
                         await self._one(client, *plan)
                     except Exception as error:  # whatever it is, a request was lost
-                        self.mistakes.append(f"lost: {type(error).__name__} {error}")
+                        self.mistakes.append(f"lost: {error!r}")
 
             await asyncio.gather(*map(one, plans))
 

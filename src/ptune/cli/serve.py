@@ -14,6 +14,9 @@ from pydantic import ValidationError
 from ptune.errors import ConfigError, MissingExtraError
 
 _LOOPBACK = ("localhost", "127.", "::1")
+_KEEP_ALIVE = 75
+"""Seconds that an idle connection stays: longer than clients keep theirs (httpx and openai: 5), or a request is sent
+into a connection that is being closed, and lost."""
 
 
 def serve(
@@ -85,7 +88,9 @@ def serve(
         log.info("serving", extra={"url": url, "backbone": backbone, "tokens": len(tokens)})
         if not tokens and not host.startswith(_LOOPBACK):
             log.warning("anybody who reaches this address can use the server: no tokens are set")
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=drain)
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=drain, timeout_keep_alive=_KEEP_ALIVE
+        )
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has drained: the end is ours
         uvicorn.Server(config).run(sockets=[listening])
     log.info("stopped")
