@@ -87,7 +87,7 @@ def test_kept_prompts_answer_as_the_reference_alone_and_in_mixed_batches(family:
         backbone.plan = "reference"
         expected = [engine.predict(name, [record])[0] for name, record in zip(names, records, strict=True)]
         assert len({answer["text"] for answer in expected if "text" in answer}) > 3
-        assert len(engine.backbone.attach().prefixes) == 0
+        assert len(engine.keys) == 0
         backbone.plan = "auto"
         for _ in range(2):
             assert_same(engine.predict(names, records, batch_size=9), expected)
@@ -120,7 +120,7 @@ def test_a_replaced_prompt_and_one_that_was_forgotten_are_read_anew() -> None:
     backbone = backbone_of()
     old, new = soft_prompt(backbone, 6, 1), soft_prompt(backbone, 6, 2)
     with Engine(backbone) as engine:
-        kept = engine.backbone.attach().prefixes
+        kept = engine.keys
         engine.add("one", old)
         before = engine.classify("one", TEXTS)
         assert len(kept) == 1
@@ -140,7 +140,7 @@ def test_a_replaced_prompt_and_one_that_was_forgotten_are_read_anew() -> None:
 def test_answers_beyond_the_budget_are_the_same_and_the_longest_unused_leave() -> None:
     backbone = backbone_of()
     with Engine(backbone) as engine:
-        kept = engine.backbone.attach().prefixes
+        kept = engine.keys
         for number in range(4):
             engine.add(str(number), soft_prompt(backbone, 6, number))
         expected = [engine.classify(str(number), TEXTS) for number in range(4)]
@@ -250,7 +250,7 @@ def test_beyond_a_sliding_window_prompts_are_read_with_their_text() -> None:
     backbone = Backbone(model, tiny_tokenizer(), "mistral")
     with Engine(backbone) as engine:
         engine.add("one", replace(prompts(backbone)["writes"], task=GenerationConfig(max_new_tokens=4)))
-        kept = engine.backbone.attach().prefixes
+        kept = engine.keys
         long, short = engine.generate("one", TEXTS[1]), engine.generate("one", "a")
         assert len(kept) == 1
         backbone.plan = "reference"

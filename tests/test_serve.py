@@ -196,6 +196,7 @@ def test_what_was_done_is_counted(served: Served) -> None:
     assert served.metric('ptune_request_seconds_count{endpoint="/v1/completions"}') > 0
     assert served.metric("ptune_batch_rows_count") > 0
     assert served.metric("ptune_prompts_in_memory") >= 1
+    assert served.metric("ptune_key_bytes_in_memory") > 0
     assert served.metric("ptune_waiting_texts") == 0
 
 

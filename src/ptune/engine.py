@@ -54,6 +54,7 @@ class Engine:
     Attributes:
         backbone: that answers.
         memory: which soft prompts of a folder stand in the table.
+        keys: kept keys and values of virtual tokens that open a text.
     """
 
     def __init__(
@@ -80,11 +81,11 @@ class Engine:
             ValueError: a size is not written as in "1GB".
         """
         self.memory = PromptMemory(bytes_of(prompt_memory))
-        keys = bytes_of(key_memory)
         self._library = Library(prompts)
         self.backbone = backbone if isinstance(backbone, Backbone) else Backbone.load(backbone)
         self._tokens = self.backbone.attach()
-        self._tokens.prefixes.budget = keys
+        self.keys = self._tokens.prefixes
+        self.keys.budget = bytes_of(key_memory)
         self._loaded: dict[str, LoadedPrompt] = {}
         self._thread = EngineThread()
 

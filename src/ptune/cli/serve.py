@@ -41,6 +41,9 @@ def serve(
     deadline: Annotated[float | None, typer.Option(help="Seconds after which a request gets 504.")] = None,
     drain: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM leaves to requests in flight.")] = 60,
     prompt_memory: Annotated[int | None, typer.Option(help="Bytes of soft prompts kept in memory.")] = None,
+    key_memory: Annotated[
+        int | None, typer.Option(help="Bytes of their keys and values kept from call to call; 0 keeps none.")
+    ] = None,
     watch: Annotated[float | None, typer.Option(help="Seconds between looks at the folder of soft prompts.")] = None,
     log_text: Annotated[bool, typer.Option("--log-text", help="Write users' texts and answers into the log.")] = False,
 ) -> None:
@@ -53,6 +56,7 @@ def serve(
         "max_queue": max_queue,
         "deadline_seconds": deadline,
         "prompt_memory": prompt_memory,
+        "key_memory": key_memory,
         "watch_seconds": watch,
     }
     try:

@@ -55,7 +55,7 @@ def create_app(
         ConfigError: there is no such folder.
     """
     settings = settings or ServeSettings()
-    engine.memory.budget = settings.prompt_memory
+    engine.memory.budget, engine.keys.budget = settings.prompt_memory, settings.key_memory
     service = Service(engine, PromptFolder(prompts, engine.backbone), settings)
 
     @contextlib.asynccontextmanager

@@ -184,6 +184,7 @@ class VersionsInMemory:
                 self._known.remove(served)
         self._metrics.prompts.set(len(self._engine.prompts))
         self._metrics.prompt_bytes.set(self._engine.memory.bytes)
+        self._metrics.key_bytes.set(self._engine.keys.bytes)
 
 
 def _stamp(path: Path) -> Stamp:
