@@ -167,6 +167,21 @@ class ClassifyRequest(Body):
     )
 
 
+class Upload(Body):
+    """Body of ``PUT /v1/prompts/NAME``: the two files of a soft prompt."""
+
+    description: str = Field(description="The text of ptune.json.")
+    tensors: str = Field(description="soft_prompt.safetensors in base64.")
+
+
+class Removed(BaseModel):
+    """Answer of ``DELETE /v1/prompts/NAME``."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
 class Usage(BaseModel):
     """Tokens that the model read, virtual ones among them, and wrote."""
 

@@ -37,6 +37,7 @@ class Service:
         self.engine, self.folder, self.settings = engine, folder, settings
         self.metrics = Metrics()
         self.scheduler = Scheduler(engine, settings, self.metrics)
+        self.changing = asyncio.Lock()  # held while the folder is changed or looked at
         self.started = int(time.time())
 
     @contextlib.asynccontextmanager
@@ -53,8 +54,9 @@ class Service:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self.settings.watch_seconds)
-            with contextlib.suppress(OSError):  # a disk that is away for a while
-                await asyncio.to_thread(self.folder.scan)
+            async with self.changing:
+                with contextlib.suppress(OSError):  # a disk that is away for a while
+                    await asyncio.to_thread(self.folder.scan)
 
     async def answers(self, request: Request, jobs: Sequence[Job]) -> list[Any]:
         """Submit jobs and return their answers.
