@@ -202,7 +202,7 @@ class TrainingConfig(Settings):
     @property
     def context_cache_disk_bytes(self) -> int:
         """The room on disk in bytes."""
-        return _bytes(self.context_cache_disk)
+        return bytes_of(self.context_cache_disk)
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
