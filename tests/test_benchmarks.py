@@ -39,6 +39,22 @@ def peft_peer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def load_test(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import load_test
+
+    return load_test
+
+
+@pytest.fixture
+def engine_speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import engine_speed
+
+    return engine_speed
+
+
+@pytest.fixture
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     tiny_model("llama").save_pretrained(folder)
@@ -164,3 +180,41 @@ def test_the_peer_scores_labels_as_its_own_model_does(peft_peer: ModuleType, mod
             expected = logits[positions[row, :length]]
             got = found[:2] if row == 0 else found[2:]
             assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_a_server_under_load_loses_and_crosses_nothing(
+    load_test: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_test, "TEXTS", 6)
+    report = tmp_path / "load.json"
+    given = ["--requests", "250", "--at-once", "32", "--virtual-tokens", "6", "--json", str(report)]
+    assert load_test.main(given) == 0, capsys.readouterr().out
+    assert "0 lost, crossed or wrong" in capsys.readouterr().out
+    counts = json.loads(report.read_text())["counts"]
+    assert counts["labels"] + counts["texts"] + counts["refused"] + counts["gone"] == 250
+    assert min(counts[kind] for kind in ("labels", "texts", "refused", "gone", "streams")) > 0
+
+
+def test_a_load_test_sees_an_answer_that_is_not_the_engine_s(load_test: ModuleType) -> None:
+    load = load_test.Load("", [], {})
+    load._check(load_test.Reference(probabilities={"a": 0.5, "b": 0.5}), {"a": 0.6, "b": 0.4}, "one")
+    load._check(load_test.Reference(text="w5"), "w6", "two")
+    load._check(load_test.Reference(text="w5", tie=True), "w6", "three")
+    assert [mistake.partition(":")[0] for mistake in load.mistakes] == ["one", "two"]
+
+
+def test_engine_and_peer_compute_the_same_before_they_are_timed(
+    engine_speed: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size, report = engine_speed.SIZES["tiny"], tmp_path / "speed.json"
+    ours = engine_speed.Ours(size, 5, 2)
+    theirs = engine_speed.Peft(ours, 5, 2)
+    texts = [engine_speed.ids_of(size, 7, seed) for seed in range(2)]
+    for task in (0, 1):
+        assert ours.write([texts[task]], [task], [6]) == theirs.write([texts[task]], task, 6)
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        engine_speed.check_scores(ours.scores(texts, [0, 1]), theirs.scores(texts, 0))
+    given = ["--size", "tiny", "--rounds", "1", "--case", "8 tasks in a batch of 8", "--json", str(report)]
+    assert engine_speed.main(given) == 0
+    assert capsys.readouterr().out.count("| 8 tasks in a batch of 8 | PEFT, one call a task |") == 1
+    assert len(json.loads(report.read_text())["rows"]) == 1

@@ -176,6 +176,15 @@ def test_generate_answers_one_instruction_as_python_does(answerer: Path, engine:
     assert expected.text != engine.generate("answerer", "Give three tips.").text
 
 
+def test_generate_tells_log_probabilities_behind_the_answer(answerer: Path, engine: Engine) -> None:
+    done = run("generate", answerer, "Sing.", "--max-new-tokens", 3, "--logprobs", 2)
+    lines = done.stdout.splitlines()[-3:]
+    assert all(line.count("\t") == 2 for line in lines)
+    values = [float(part.rpartition(" ")[2]) for part in lines[0].split("\t")]
+    assert max(values) <= 0
+    assert values[0] == values[1] > values[2]  # greedy: the token is the likeliest
+
+
 def test_generate_without_the_prompt_is_the_bare_model_on_the_same_words(answerer: Path, engine: Engine) -> None:
     backbone = engine.backbone
     words = backbone.tokenizer("Human: Give three tips.\n\nAssistant: ", add_special_tokens=False)["input_ids"]

@@ -196,9 +196,65 @@ def test_what_was_done_is_counted(served: Served) -> None:
     assert served.metric('ptune_request_seconds_count{endpoint="/v1/completions"}') > 0
     assert served.metric("ptune_batch_rows_count") > 0
     assert served.metric("ptune_prompts_in_memory") >= 1
+    assert served.metric("ptune_key_bytes_in_memory") > 0
     assert served.metric("ptune_waiting_texts") == 0
 
 
 def test_liveness_and_readiness(served: Served, tmp_path: Path) -> None:
     assert served.http.get("/healthz").json() == {"status": "ok"}
     assert served.http.get("/readyz").json() == {"status": "ready"}
+
+
+@pytest.mark.parametrize("sampled", [{}, {"temperature": 1.6, "seed": 4}])
+def test_log_probabilities_of_a_chat_are_the_engine_s_whole_and_streamed(
+    served: Served, alone: Engine, sampled: dict[str, Any]
+) -> None:
+    options = GenerationOptions(
+        max_new_tokens=14, logprobs=True, top_logprobs=2, **({"do_sample": True, **sampled} if sampled else {})
+    )
+    expected = alone.generate("answer", TEXTS[2], options)
+    assert expected.logprobs is not None
+    ask: dict[str, Any] = {
+        "model": "answer",
+        "messages": [{"role": "user", "content": TEXTS[2]}],
+        "max_tokens": 14,
+        "logprobs": True,
+        "top_logprobs": 2,
+        **sampled,
+    }
+    choice = served.openai.chat.completions.create(**ask).choices[0]
+    assert choice.message.content == expected.text
+    assert choice.logprobs is not None
+    whole = choice.logprobs.content or []
+    assert [one.logprob for one in whole] == pytest.approx([one.logprob for one in expected.logprobs], abs=1e-4)
+    assert "".join(one.token for one in whole) == expected.text.rstrip("\ufffd")
+    assert all(len(one.top_logprobs) == 2 for one in whole)
+    assert b"".join(bytes(one.bytes or ()) for one in whole).decode() == "".join(one.token for one in whole)
+    streamed: list[Any] = []
+    for chunk in served.openai.chat.completions.create(**ask, stream=True):
+        for one in chunk.choices:
+            streamed += (one.logprobs.content or []) if one.logprobs else []
+    assert [(one.token, one.top_logprobs) for one in streamed] == [(one.token, one.top_logprobs) for one in whole]
+    assert (
+        served.openai.chat.completions.create(**(ask | {"logprobs": False, "top_logprobs": None})).choices[0].logprobs
+        is None
+    )
+
+
+def test_log_probabilities_of_completions_whole_and_streamed(served: Served, alone: Engine) -> None:
+    ask: dict[str, Any] = {"model": "answer", "prompt": TEXTS[:2], "max_tokens": 9, "logprobs": 3}
+    whole = served.openai.completions.create(**ask).choices
+    streamed: list[list[str]] = [[], []]
+    for chunk in served.openai.completions.create(**ask, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += (choice.logprobs.tokens or []) if choice.logprobs else []
+    for choice, text, tokens in zip(whole, TEXTS, streamed, strict=False):
+        expected = alone.generate("answer", text, GenerationOptions(max_new_tokens=9, logprobs=True))
+        told = choice.logprobs
+        assert told is not None
+        assert expected.logprobs is not None
+        assert told.token_logprobs == pytest.approx([one.logprob for one in expected.logprobs], abs=1e-4)
+        assert tokens == told.tokens
+        assert told.text_offset == [len("".join(told.tokens[:n])) for n in range(len(told.tokens))]
+        assert all(1 <= len(best) <= 3 for best in told.top_logprobs or [])
+        assert "".join(told.tokens) == choice.text.rstrip("\ufffd")

@@ -36,7 +36,7 @@ from ptune.output_head import OutputHead, Wanted
 from ptune.packed_attention import Packing, packed_attention
 from ptune.plans import Plans
 from ptune.recomputation import recompute_layers, recomputing
-from ptune.virtual_tokens import VirtualTokens, deep_prompts_of, input_embedding, input_matrix
+from ptune.virtual_tokens import VirtualTokens, deep_prompts_of, input_embedding, input_matrix, virtual_tokens_of
 
 MINI = Path(__file__).parent / "mini"
 """Folder of `ptune-mini`, the model that comes with ptune."""
@@ -80,7 +80,8 @@ class Backbone:
             check_tokenizer(tokenizer, self.vocabulary_size, self.kind, name)
         self._cached_length = cached_length(model.config) if self.kind is CAUSAL else 0
         packs = self.kind is CAUSAL and may_pack(model.config)
-        self.plans = Plans(self._run, self.vocabulary_size, lambda: self.device, lambda: self.dtype, may_pack=packs)
+        tokens, where = functools.partial(virtual_tokens_of, model), (lambda: self.device, lambda: self.dtype)
+        self.plans = Plans(self._run, self.vocabulary_size, *where, may_pack=packs, virtual_tokens=tokens)
         self.head = OutputHead(model)
         self.plan: Literal["auto", "reference"] = "auto"
         _self_test(self)

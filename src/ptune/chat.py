@@ -21,9 +21,9 @@ class Chat:
     """
 
     def __init__(self, engine: Engine, name: str, options: GenerationOptions, *, with_prompt: bool = True) -> None:
-        """Begin an empty conversation with the soft prompt ``name`` of ``engine``."""
+        """Begin an empty conversation with the soft prompt ``name`` of ``engine``, which stays there from now on."""
         self._engine, self._options = engine, options
-        self._renderer = engine.prompts[name].task.renderer
+        self._renderer = engine.hold(name).task.renderer
         if not with_prompt:
             self._renderer = self._renderer.without_virtual_tokens()
         self._said: tuple[Exchange, ...] = ()

@@ -6,13 +6,12 @@ Knows nothing of models, tensors or files' contents, and imports no torch, so th
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ptune.settings import Settings
+from ptune.settings import Settings, bytes_of
 from ptune.task_config import (
     ClassificationConfig,
     LinearClassificationConfig,
@@ -21,13 +20,6 @@ from ptune.task_config import (
     check_task_template,
 )
 from ptune.template import Template
-
-
-def _bytes(size: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", size, flags=re.IGNORECASE)
-    if found is None:
-        raise ValueError(f'a size is written as in "500MB" or "2GB", and found "{size}"')
-    return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
 
 
 class ModelConfig(Settings):
@@ -211,12 +203,12 @@ class TrainingConfig(Settings):
     @property
     def context_cache_bytes(self) -> int:
         """The room for kept contexts in bytes."""
-        return _bytes(self.context_cache)
+        return bytes_of(self.context_cache)
 
     @property
     def context_cache_disk_bytes(self) -> int:
         """The room on disk in bytes."""
-        return _bytes(self.context_cache_disk)
+        return bytes_of(self.context_cache_disk)
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -226,7 +218,7 @@ class TrainingConfig(Settings):
     @field_validator("context_cache", "context_cache_disk", mode="before")
     @classmethod
     def _a_size(cls, value: Any) -> Any:
-        _bytes(str(value))
+        bytes_of(str(value))
         return str(value)
 
 

@@ -1,12 +1,16 @@
 """The engine: one backbone in memory, any number of soft prompts, and the bare model always among the choices.
 
 All loaded prompts stand in the backbone's one table of virtual tokens, each at its own range of ids, so using one or
-another is a matter of ids and never of switching. Knows nothing of training or HTTP.
+another is a matter of ids and never of switching. One call runs at a time on a backbone, whatever the threads.
+
+Knows nothing of training or HTTP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +18,14 @@ from typing import Any
 
 from ptune.backbone import Backbone
 from ptune.config import ModelConfig
-from ptune.errors import DataError, SoftPromptError, did_you_mean
+from ptune.engine_thread import EngineThread
+from ptune.errors import DataError, SoftPromptError
+from ptune.filling import record_of_text
 from ptune.generation import Generated, GenerationOptions, generate
+from ptune.library import Library
 from ptune.mixed_batches import answer_together
+from ptune.prompt_memory import PromptMemory
+from ptune.settings import bytes_of
 from ptune.soft_prompt import SoftPrompt
 from ptune.tasks import Assessment, Tagging, Task, task_for
 from ptune.template import Template
@@ -38,17 +47,48 @@ class Engine:
     >>> engine.load("prompts/sentiment", name="sentiment")                   # doctest: +SKIP
     >>> engine.classify("sentiment", ["This movie was fantastic!"])          # doctest: +SKIP
     [{'label': 'positive', 'probability': 0.97, ...}]
+
+    With a folder of soft prompts, each is loaded on first use, by the name of its folder:
+
+    >>> engine = Engine("mini", prompts="prompts", prompt_memory="1GB")      # doctest: +SKIP
+
+    Attributes:
+        backbone: that answers.
+        memory: which soft prompts of a folder stand in the table.
+        keys: kept keys and values of virtual tokens that open a text.
     """
 
-    def __init__(self, backbone: Backbone | ModelConfig | str = "mini") -> None:
+    def __init__(
+        self,
+        backbone: Backbone | ModelConfig | str = "mini",
+        *,
+        prompts: str | Path | None = None,
+        prompt_memory: str = "1GB",
+        key_memory: str = "1GB",
+    ) -> None:
         """Take a loaded backbone, or load one by its settings or name.
+
+        Args:
+            backbone: the model that answers.
+            prompts: folder of soft prompts that are loaded on first use, by the name of their folder in it.
+            prompt_memory: room for those; over it the ones unused for longest are forgotten. What is loaded by `load`
+                or `add` stays.
+            key_memory: room for the keys and values of virtual tokens that open a text, kept from call to call; that
+                of the whole backbone, whoever uses it.
 
         Raises:
             BackboneError: it cannot be loaded.
+            SoftPromptError: there is no such folder of soft prompts.
+            ValueError: a size is not written as in "1GB".
         """
+        self.memory = PromptMemory(bytes_of(prompt_memory))
+        self._library = Library(prompts)
         self.backbone = backbone if isinstance(backbone, Backbone) else Backbone.load(backbone)
         self._tokens = self.backbone.attach()
+        self.keys = self._tokens.prefixes
+        self.keys.budget = bytes_of(key_memory)
         self._loaded: dict[str, LoadedPrompt] = {}
+        self._thread = EngineThread()
 
     @classmethod
     def for_prompt(cls, folder: str | Path, model: ModelConfig | str | None = None, **loading: Any) -> Engine:
@@ -93,6 +133,10 @@ class Engine:
         Raises:
             SoftPromptError: it belongs to another backbone.
         """
+        with self._tokens.lock:
+            self._add(name, prompt)
+
+    def _add(self, name: str, prompt: SoftPrompt) -> None:
         prompt.check(self.backbone)
         first = self._tokens.allocate(len(prompt.rows))
         self._tokens.set_rows(first, prompt.rows.to(self.backbone.device), prompt.deep)
@@ -111,10 +155,62 @@ class Engine:
         self._loaded[name] = LoadedPrompt(prompt, first, task)
 
     def remove(self, name: str) -> None:
-        """Forget a soft prompt; its ids are never given again."""
-        loaded = self._loaded.pop(name, None)
-        if loaded is not None:
-            self._tokens.release(loaded.first_virtual_id)
+        """Forget a soft prompt; its ids are never given again. One of the folder is loaded anew when it is used."""
+        with self._tokens.lock:
+            loaded = self._loaded.pop(name, None)
+            self.memory.remove(name)
+            if loaded is not None:
+                self._tokens.release(loaded.first_virtual_id)
+
+    def offer(self, name: str, folder: Path) -> None:
+        """Let a soft prompt be loaded from its folder when it is first used."""
+        self._library.add(name, folder)
+
+    def withdraw(self, name: str) -> None:
+        """Forget a soft prompt, and where it lies."""
+        self._library.drop(name)
+        self.remove(name)
+
+    def hold(self, name: str) -> LoadedPrompt:
+        """Return a soft prompt, loaded where need be; it stays until it is let go as often as it was held.
+
+        Raises:
+            SoftPromptError: there is none of that name, or its folder does not hold it any more.
+        """
+        with self._tokens.lock:
+            if name not in self._loaded:
+                prompt = SoftPrompt.load(self._library.find(name, self._loaded))
+                self.add(name, prompt)
+                self.memory.add(name, 2 * prompt.rows.nbytes)  # the table is a copy of what each soft prompt keeps
+            if name in self.memory:
+                self.memory.hold(name)
+            return self._loaded[name]
+
+    def let_go(self, name: str) -> None:
+        """End one use of a soft prompt, and forget those over the budget that nobody uses."""
+        with self._tokens.lock:
+            self.memory.let_go(name)
+            for unused in self.memory.leaving():
+                self.remove(unused)
+
+    @contextmanager
+    def _using(self, *names: str) -> Iterator[list[LoadedPrompt]]:
+        """Hold soft prompts, and the backbone, while the block runs.
+
+        Raises:
+            SoftPromptError: there is none of a name.
+        """
+        with self._tokens.lock:
+            held: list[str] = []
+            try:
+                loaded = []
+                for name in names:
+                    loaded.append(self.hold(name))
+                    held.append(name)
+                yield loaded
+            finally:
+                for name in held:
+                    self.let_go(name)
 
     def predict(
         self, name: str | Sequence[str], records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
@@ -131,11 +227,13 @@ class Engine:
             DataError: a record lacks a field of its template.
         """
         if isinstance(name, str):
-            return self._get(name).task.predict(self.backbone, records, batch_size=batch_size)
+            with self._using(name) as (loaded,):
+                return loaded.task.predict(self.backbone, records, batch_size=batch_size)
         if len(name) != len(records):
             raise SoftPromptError(f"there are {len(name)} names for {len(records)} records; give one for each")
-        questions = [(self._get(one).task, record) for one, record in zip(name, records, strict=True)]
-        return answer_together(self.backbone, questions, batch_size=batch_size)
+        with self._using(*name) as each:
+            questions = [(loaded.task, record) for loaded, record in zip(each, records, strict=True)]
+            return answer_together(self.backbone, questions, batch_size=batch_size)
 
     def evaluate(self, name: str, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> dict[str, float]:
         """Return the task's metrics over records with their answers.
@@ -154,7 +252,8 @@ class Engine:
         """
         if not records:
             raise DataError("there are no records to score; give at least one")
-        return self._get(name).task.assess(self.backbone, records, batch_size=batch_size)
+        with self._using(name) as (loaded,):
+            return loaded.task.assess(self.backbone, records, batch_size=batch_size)
 
     def classify(self, name: str, texts: Sequence[str], *, batch_size: int = 32) -> list[dict[str, Any]]:
         """Classify plain texts with a soft prompt whose template has one field.
@@ -164,12 +263,8 @@ class Engine:
         """
         if isinstance(texts, str):
             raise DataError("classify() takes a list of texts, and got a single one; write [text]")
-        fields = self._get(name).task.renderer.template.fields
-        if len(fields) != 1:
-            raise SoftPromptError(
-                f'the template of "{name}" has the fields {", ".join(fields)}; give records to predict()'
-            )
-        return self.predict(name, [{fields[0]: text} for text in texts], batch_size=batch_size)
+        field = self._only_field(name)
+        return self.predict(name, [{field: text} for text in texts], batch_size=batch_size)
 
     def tag(self, name: str, texts: Sequence[str | Sequence[str]], *, batch_size: int = 32) -> list[dict[str, Any]]:
         """Tag lists of words, or texts, which are split into words, with a soft prompt whose task is tagging.
@@ -183,14 +278,13 @@ class Engine:
         """
         if isinstance(texts, str):
             raise DataError("tag() takes a list of texts or of lists of words, and got a single text; write [text]")
-        task, kind = self._get(name).task, self._get(name).prompt.task.type
-        if not isinstance(task, Tagging):
-            raise SoftPromptError(f'the task of "{name}" is {kind}, and tag() takes one of type tagging')
-        if len(task.renderer.template.fields) != 1:
-            fields = ", ".join(task.renderer.template.fields)
-            raise SoftPromptError(f'the template of "{name}" has the fields {fields}; give records to predict()')
+        with self._using(name) as (loaded,):
+            if not isinstance(loaded.task, Tagging):
+                kind = loaded.prompt.task.type
+                raise SoftPromptError(f'the task of "{name}" is {kind}, and tag() takes one of type tagging')
+        field = self._only_field(name)
         words = [text if isinstance(text, str) else list(text) for text in texts]
-        return self.predict(name, [{task.config.tokens_field: one} for one in words], batch_size=batch_size)
+        return self.predict(name, [{field: one} for one in words], batch_size=batch_size)
 
     def generate(
         self,
@@ -212,54 +306,83 @@ class Engine:
             SoftPromptError: no soft prompt of that name is loaded.
             BackboneError: the context leaves no room for an answer.
         """
+        return self._generate(name, record, options, on_text, lambda: True)
+
+    async def apredict(
+        self, name: str | Sequence[str], records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
+    ) -> list[dict[str, Any]]:
+        """Do as `predict` does, in the engine's one thread. Cancelled before it begins, it costs nothing."""
+        return await self._thread.run(lambda _wanted: self.predict(name, records, batch_size=batch_size))
+
+    async def agenerate(
+        self,
+        name: str | None,
+        record: Mapping[str, Any] | str,
+        options: GenerationOptions | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generated:
+        """Do as `generate` does, in the engine's one thread; ``on_text`` is called in the event loop.
+
+        Cancelled, it ends at the next token.
+        """
+        loop = asyncio.get_running_loop()
+
+        def tell(text: str) -> None:
+            if on_text is not None:
+                loop.call_soon_threadsafe(on_text, text)
+
+        return await self._thread.run(
+            lambda wanted: self._generate(name, record, options, tell if on_text else None, wanted)
+        )
+
+    def _generate(
+        self,
+        name: str | None,
+        record: Mapping[str, Any] | str,
+        options: GenerationOptions | None,
+        on_text: Callable[[str], None] | None,
+        wanted: Callable[[], bool],
+    ) -> Generated:
+        with self._using(*([] if name is None else [name])) as held:
+            context, options = self._context(name, held, record, options)
+            listener = (lambda _index, text: on_text(text)) if on_text else None
+            return generate(self.backbone, [context], options, on_text=listener, go_on=lambda *_: wanted())[0]
+
+    def _context(
+        self,
+        name: str | None,
+        held: Sequence[LoadedPrompt],
+        record: Mapping[str, Any] | str,
+        options: GenerationOptions | None,
+    ) -> tuple[list[int], GenerationOptions]:
+        """Return the ids to continue, and how."""
         if name is None:
             if not isinstance(record, str):
                 raise DataError("the bare model continues a text and knows no template; give it the text itself")
-            context = list(self.backbone.tokenizer(record)["input_ids"])
-            options = options or GenerationOptions()
-        else:
-            loaded = self._get(name)
-            renderer = loaded.task.renderer
-            if isinstance(record, str):
-                record = self.first_field(name, record)
-            options = options or GenerationOptions(max_new_tokens=getattr(loaded.prompt.task, "max_new_tokens", 128))
-            context = renderer.question(record, options.max_new_tokens)
-        listener = (lambda _index, text: on_text(text)) if on_text else None
-        return generate(self.backbone, [context], options, on_text=listener)[0]
+            return list(self.backbone.tokenizer(record)["input_ids"]), options or GenerationOptions()
+        (loaded,) = held
+        if isinstance(record, str):
+            record = self.first_field(name, record)
+        options = options or GenerationOptions(max_new_tokens=getattr(loaded.prompt.task, "max_new_tokens", 128))
+        return loaded.task.renderer.question(record, options.max_new_tokens), options
 
     def first_field(self, name: str, text: str, others: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the record in which a text stands for the template's first field, that of a system message apart.
 
-        Args:
-            name: of a loaded soft prompt.
-            text: of the first field.
-            others: further fields; optional ones may be absent, and are then empty.
-
         Raises:
-            DataError: the template has no field, needs more of them, or has none of a given name.
+            DataError: as `record_of_text`.
             SoftPromptError: no soft prompt of that name is loaded.
         """
-        template, others = self._get(name).task.renderer.template, others or {}
-        fields, question = template.fields, template.question_field
-        if question is None:
-            raise DataError(f'the template of "{name}" has no field for a text; give records to predict()')
-        listed = f"it has {', '.join(fields)}"
-        unknown = [field for field in others if field not in fields]
-        if unknown:
-            raise DataError(
-                f'the template of "{name}" has no field "{unknown[0]}"; {listed}.{did_you_mean(unknown[0], fields)}'
-            )
-        known = (question, *template.optional_fields, *others)
-        needed = [field for field in fields if field not in known]
-        if needed:
-            raise DataError(f'the template of "{name}" needs {", ".join(needed)} beside its first field; {listed}')
-        return dict.fromkeys(fields, "") | {question: text} | dict(others)
+        return record_of_text(self._template(name), text, others or {}, name)
 
     def close(self) -> None:
         """Take all virtual tokens away from the backbone."""
-        for name in list(self._loaded):
-            self.remove(name)
-        self._tokens.detach()
+        self._thread.close()
+        with self._tokens.lock:
+            for name in list(self._loaded):
+                self.remove(name)
+            self._tokens.detach()
 
     def __enter__(self) -> Engine:
         return self
@@ -269,10 +392,14 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _get(self, name: str) -> LoadedPrompt:
-        if name not in self._loaded:
-            known = ", ".join(self._loaded) or "none"
+    def _template(self, name: str) -> Template:
+        with self._using(name) as (loaded,):
+            return loaded.task.renderer.template
+
+    def _only_field(self, name: str) -> str:
+        fields = self._template(name).fields
+        if len(fields) != 1:
             raise SoftPromptError(
-                f'no soft prompt "{name}" is loaded (loaded: {known}).{did_you_mean(name, list(self._loaded))}'
+                f'the template of "{name}" has the fields {", ".join(fields)}; give records to predict()'
             )
-        return self._loaded[name]
+        return fields[0]

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from ptune.errors import DataError
+from ptune.errors import DataError, did_you_mean
 from ptune.settings import label_text
-from ptune.template import Field, Optional, Text
+from ptune.template import Field, Optional, Template, Text
 
 WITHOUT_BLANKS = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff00-\uffef]")
 """A character of a script that writes no blanks between words."""
@@ -26,6 +26,34 @@ def filled(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str])
         together = list(group)
         text += "".join(p.text for p in together if isinstance(p, Text)) or _put_in(together, values)
     return text
+
+
+def record_of_text(template: Template, text: str, others: Mapping[str, str], name: str) -> dict[str, str]:
+    """Return the record in which a text stands for the template's first field, that of a system message apart.
+
+    Args:
+        template: whose fields are filled.
+        text: of the first field.
+        others: further fields; optional ones may be absent, and are then empty.
+        name: of the soft prompt, for messages.
+
+    Raises:
+        DataError: the template has no field, needs more of them, or has none of a given name.
+    """
+    fields, question = template.fields, template.question_field
+    if question is None:
+        raise DataError(f'the template of "{name}" has no field for a text; give records to predict()')
+    listed = f"it has {', '.join(fields)}"
+    unknown = [field for field in others if field not in fields]
+    if unknown:
+        raise DataError(
+            f'the template of "{name}" has no field "{unknown[0]}"; {listed}.{did_you_mean(unknown[0], fields)}'
+        )
+    known = (question, *template.optional_fields, *others)
+    needed = [field for field in fields if field not in known]
+    if needed:
+        raise DataError(f'the template of "{name}" needs {", ".join(needed)} beside its first field; {listed}')
+    return dict.fromkeys(fields, "") | {question: text} | dict(others)
 
 
 def _put_in(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:

@@ -1,90 +1,38 @@
 """Generation on a backbone whose contexts hold virtual tokens: transformers' ``generate``, in batches of like length.
 
-Virtual tokens have no column in the logits, so none is ever generated. What looks at the ids said so far (penalties on
-repeating) is shown the text alone, for a virtual token has no word either.
+Virtual tokens have no column in the logits, so none is ever generated. Those that open a context are read as keys and
+values, which are kept from call to call, where the family allows it. What is said so far is read along: stop texts,
+streams, log-probabilities.
 
-Knows nothing of tasks, templates or training. Shapes: B batch, T tokens, V rows of the backbone's input matrix.
+Knows nothing of tasks, templates or training. Shapes: B batch, T tokens, F virtual tokens that open the context with
+the most of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ptune.backbone import Backbone
-from ptune.batch import IGNORED, Row, collate
+from ptune.batch import IGNORED, Batch, Row, collate
 from ptune.deep_prompts import DeepPrompt
 from ptune.encoder_decoder import decoder_start
 from ptune.errors import BackboneError
 from ptune.families import ENCODER_DECODER
-from ptune.settings import Settings
+from ptune.kept_prefixes import opening_run
+from ptune.keys_and_values import new_cache, padded
+from ptune.sampling import Generated as Generated
+from ptune.sampling import GenerationOptions as GenerationOptions
+from ptune.sampling import Logprobs, TokenLogprob, processors
 from ptune.virtual_tokens import deep_prompts_of
 
-_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-_UNFINISHED = "�"  # what a tokenizer gives for bytes that do not make a character yet
-
-
-class GenerationOptions(Settings):
-    """How to decode. The names and meanings are those of transformers."""
-
-    max_new_tokens: int = Field(128, gt=0)
-    do_sample: bool = False
-    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
-    top_k: int = Field(0, ge=0, description="0 keeps all tokens.")
-    top_p: float = Field(1.0, gt=0, le=1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    no_repeat_ngram_size: int = Field(0, ge=0)
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-
-    @model_validator(mode="after")
-    def _sampling_only_where_sampled(self) -> GenerationOptions:
-        given = [name for name in _OF_SAMPLING if getattr(self, name) != type(self).model_fields[name].default]
-        if given and not self.do_sample:
-            raise ValueError(f"{', '.join(given)} only count when sampling, and do_sample is off; set do_sample=True")
-        return self
-
-    @field_validator("stop")
-    @classmethod
-    def _no_empty_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if "" in value:
-            raise ValueError("an empty stop text would stop at once; leave it out")
-        return value
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One continuation.
-
-    Attributes:
-        ids: of the new tokens, without the end token.
-        text: what they say, up to a stop text.
-        finished: ``stop`` at the end token or a stop text, ``length`` at the limit.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    finished: Literal["stop", "length"]
+_UNFINISHED = "\ufffd"  # what a tokenizer gives for bytes that do not make a character yet
 
 
 def generate(
@@ -96,6 +44,7 @@ def generate(
     on_text: Callable[[int, str], None] | None = None,
     on_done: Callable[[int, Generated], None] | None = None,
     go_on: Callable[[int, int], bool] | None = None,
+    on_logprobs: Callable[[int, tuple[TokenLogprob, ...]], None] | None = None,
     use_cache: bool = True,
 ) -> list[Generated]:
     """Continue contexts of ids, virtual ones among them, whose rows stand in the backbone's table.
@@ -108,6 +57,8 @@ def generate(
         on_text: gets a context's number and each piece of its text as it comes, never half a character.
         on_done: gets a context's number and its continuation as soon as it has ended, while others still grow.
         go_on: asked after each token with a context's number and how many tokens it has; False ends it there.
+        on_logprobs: gets a context's number and, before a piece of its text or its end, those of the tokens told by
+            then; where the options ask for them.
         use_cache: keep keys and values; without it the same answers come more slowly.
 
     Returns:
@@ -125,13 +76,10 @@ def generate(
     order = sorted(range(len(contexts)), key=lambda number: (deep[number] or 0, -len(contexts[number])))
     kinds = [(_room(backbone, context, options), first) for context, first in zip(contexts, deep, strict=True)]
     results: dict[int, Generated] = {}
-    seeded = torch.random.fork_rng() if options.seed is not None else nullcontext()
-    with seeded:
-        if options.seed is not None:
-            torch.manual_seed(options.seed)
+    with torch.no_grad():
         for numbers in _batches(order, kinds, batch_size):
             batch = [list(contexts[number]) for number in numbers]
-            listener = _Listener(numbers, on_text, on_done, go_on)
+            listener = _Listener(numbers, on_text, on_done, go_on, on_logprobs)
             first = deep[numbers[0]]
             prompt = None if first is None else prompts.get(first)
             answers = _generate_batch(backbone, batch, options, listener, use_cache, prompt)
@@ -176,98 +124,83 @@ def _generate_batch(
     use_cache: bool,
     deep: DeepPrompt | None,
 ) -> list[Generated]:
-    longest = max(map(len, contexts))
     decodes_apart = backbone.kind is ENCODER_DECODER
     pad = backbone.tokenizer.pad_token_id
+    room = min(_room(backbone, context, options) for context in contexts)
+    opened, past = _past(backbone, contexts, room, use_cache, deep)
     # [B, T]; a decoder continues what it reads, so pads stand on the left, and an encoder counts its places from there
-    opened = 0 if deep is None else len(deep.rows)  # pads stand behind a deep prompt, which is the past of all rows
-    rows = [Row(tuple(context[opened:]), (IGNORED,) * (len(context) - opened)) for context in contexts]
-    batch = collate(rows, pad, "right" if decodes_apart else "left")
-    ids, mask = batch.input_ids, batch.attention_mask
-    pads = [0] * len(rows) if decodes_apart else (mask == 0).sum(-1).tolist()
-    past: dict[str, Any] = {}
-    if deep is not None:
-        if min(len(row.ids) for row in rows) == 0 or not use_cache:
-            raise BackboneError(
-                "a deep prompt is keys and values in a cache, behind which a text is read: give each context a token "
-                "of text, and leave the cache on"
-            )
-        ids = torch.cat([torch.tensor([contexts[0][:opened]] * len(rows)), ids], dim=-1)
-        mask = torch.cat([mask.new_ones(len(rows), opened), mask], dim=-1)
-        past["past_key_values"] = deep.past(len(rows), backbone.dtype)
-    said = 1 if decodes_apart else longest  # what stands before the new tokens in what `generate` returns
-    follower = _Follower(backbone, said, len(contexts), options.stop, listener)
-    processors, warpers = _processors(options, [opened + count for count in pads], backbone.vocabulary_size)
+    text = _collated([context[n:] for context, n in zip(contexts, opened, strict=True)], pad, decodes_apart)
+    ids, mask = text.input_ids, text.attention_mask
+    starts = [0] * len(ids) if decodes_apart else (max(opened) + (mask == 0).sum(-1)).tolist()
+    if past is not None:
+        # [B, F]; nobody looks ids up that are past, but `generate` counts them
+        opening = _collated([context[:n] for context, n in zip(contexts, opened, strict=True)], pad, False)
+        ids = torch.cat([opening.input_ids, ids], dim=-1)
+        mask = torch.cat([opening.attention_mask, mask], dim=-1)
+    said = 1 if decodes_apart else ids.shape[1]  # what stands before the new tokens in what `generate` returns
+    logprobs = Logprobs(len(ids), options.top_logprobs) if options.logprobs else None
+    follower = _Follower(backbone, said, len(contexts), options.stop, listener, logprobs)
+    seeds = None if options.seed is None else [_seed(options.seed + number) for number in listener.numbers]
     settings = transformers.GenerationConfig(
-        max_new_tokens=min(_room(backbone, context, options) for context in contexts),
+        max_new_tokens=room,
         use_cache=use_cache,
         pad_token_id=pad,
         eos_token_id=sorted(follower.end_ids),
         bos_token_id=backbone.tokenizer.bos_token_id,
         decoder_start_token_id=decoder_start(backbone.model.config) if decodes_apart else None,
-        do_sample=options.do_sample and options.temperature > 0,
+        do_sample=False,  # a drawn token is the only one that `processors` leave
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        **warpers,
     )
-    with torch.no_grad():
-        output = backbone.model.generate(
-            ids.to(backbone.device),
-            attention_mask=mask.to(backbone.device),
-            generation_config=settings,
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([follower] if listener.listens or options.stop else []),
-            **past,
-        )
+    output = backbone.model.generate(
+        ids.to(backbone.device),
+        attention_mask=mask.to(backbone.device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList(
+            [*([logprobs] if logprobs else []), *processors(options, starts, backbone.vocabulary_size, seeds)]
+        ),
+        stopping_criteria=StoppingCriteriaList([follower] if listener.listens or options.stop or logprobs else []),
+        **({} if past is None else {"past_key_values": past}),
+    )
     return [follower.result(number, row) for number, row in enumerate(output[:, said:].tolist())]
 
 
-def _processors(
-    options: GenerationOptions, pads: list[int], vocabulary_size: int
-) -> tuple[LogitsProcessorList, dict[str, Any]]:
-    """Return processors of ours, and the settings that are left to transformers.
+def _past(
+    backbone: Backbone, contexts: list[list[int]], room: int, use_cache: bool, deep: DeepPrompt | None
+) -> tuple[list[int], DynamicCache | None]:
+    """Return how many ids open each context that are read as keys and values, and these, shorter ones padded in front.
 
-    transformers runs processors of the caller behind its own temperature and cuts. Where a penalty is ours, those
-    become ours as well, so that their order stays: penalties, temperature, top_k, top_p, min_p.
+    Raises:
+        BackboneError: a deep prompt, which is nothing else, has no text behind it, or no cache may be kept.
     """
-    own = LogitsProcessorList()
-    if options.repetition_penalty != 1.0:
-        own.append(_OnText(RepetitionPenaltyLogitsProcessor(options.repetition_penalty), vocabulary_size, pads))
-    if options.no_repeat_ngram_size:
-        own.append(_OnText(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size), vocabulary_size, pads))
-    if not (options.do_sample and options.temperature > 0):
-        return own, {}
-    if not own:
-        return own, {
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-            "min_p": options.min_p or None,
-        }
-    if options.temperature != 1.0:
-        own.append(TemperatureLogitsWarper(options.temperature))
-    if options.top_k:
-        own.append(TopKLogitsWarper(options.top_k))
-    if options.top_p < 1.0:
-        own.append(TopPLogitsWarper(options.top_p))
-    if options.min_p:
-        own.append(MinPLogitsWarper(options.min_p))
-    return own, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    nothing = [0] * len(contexts)
+    if deep is not None:
+        opened = len(deep.rows)
+        if min(map(len, contexts)) == opened or not use_cache:
+            raise BackboneError(
+                "a deep prompt is keys and values in a cache, behind which a text is read: give each context a token "
+                "of text, and leave the cache on"
+            )
+        return [opened] * len(contexts), deep.past(len(contexts), backbone.dtype)
+    lengths = [opening_run(context, backbone.vocabulary_size) for context in contexts]
+    columns = max(lengths) + max(len(context) - n for context, n in zip(contexts, lengths, strict=True))
+    if not use_cache or not any(lengths) or backbone.hindrance(columns + room) is not None:
+        return nothing, None
+    pasts = backbone.plans.prefixes.of(contexts, lengths)
+    if not pasts:
+        return nothing, None
+    lengths = [past.shape[2] for past in pasts]
+    return lengths, new_cache(padded(pasts, max(lengths), backbone.dtype, backbone.device), len(contexts))
 
 
-class _OnText(LogitsProcessor):
-    """A processor that is shown each row's text alone: neither its pads nor its virtual tokens."""
+def _collated(rows: list[list[int]], pad: int, on_the_right: bool) -> Batch:
+    return collate([Row(tuple(ids), (IGNORED,) * len(ids)) for ids in rows], pad, "right" if on_the_right else "left")
 
-    def __init__(self, inner: LogitsProcessor, vocabulary_size: int, pads: list[int]) -> None:
-        self._inner, self._vocabulary_size, self._pads = inner, vocabulary_size, pads
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = []
-        for ids, row, pads in zip(input_ids, scores, self._pads, strict=True):
-            text = ids[pads:]
-            rows.append(self._inner(text[text < self._vocabulary_size][None], row[None]))
-        return torch.cat(rows)
+def _seed(seed: int) -> int:
+    """Return a seed within what generators take."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 @dataclass(frozen=True)
@@ -278,14 +211,19 @@ class _Listener:
     on_text: Callable[[int, str], None] | None
     on_done: Callable[[int, Generated], None] | None
     go_on: Callable[[int, int], bool] | None
+    on_logprobs: Callable[[int, tuple[TokenLogprob, ...]], None] | None
 
     @property
     def listens(self) -> bool:
-        return bool(self.on_text or self.on_done or self.go_on)
+        return bool(self.on_text or self.on_done or self.go_on or self.on_logprobs)
 
     def text(self, row: int, text: str) -> None:
         if self.on_text:
             self.on_text(self.numbers[row], text)
+
+    def logprobs(self, row: int, logprobs: tuple[TokenLogprob, ...]) -> None:
+        if self.on_logprobs and logprobs:
+            self.on_logprobs(self.numbers[row], logprobs)
 
     def done(self, row: int, generated: Generated) -> None:
         if self.on_done:
@@ -305,9 +243,12 @@ class _Follower(StoppingCriteria):
         count: int,
         stop: tuple[str, ...],
         listener: _Listener,
+        logprobs: Logprobs | None,
     ) -> None:
         self._tokenizer = backbone.tokenizer
         self._context_length, self._stop, self._listener = context_length, stop, listener
+        self._logprobs = logprobs
+        self._told = [0] * count  # tokens whose log-probabilities were handed out
         configured = getattr(backbone.model.generation_config, "eos_token_id", None)
         configured = configured if isinstance(configured, list) else [configured]
         self.end_ids = {i for i in (*configured, backbone.tokenizer.eos_token_id) if i is not None}
@@ -315,6 +256,8 @@ class _Follower(StoppingCriteria):
         self._done: dict[int, Generated] = {}
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        if self._logprobs is not None:
+            self._logprobs.chose(input_ids[:, -1])
         rows = input_ids[:, self._context_length :].tolist()
         stopped = [number in self._done or self._ends(number, row) for number, row in enumerate(rows)]
         return torch.tensor(stopped, device=input_ids.device)
@@ -326,16 +269,18 @@ class _Follower(StoppingCriteria):
             text, found = self._cut(self._text(ids))
             while found and ids and len(self._text(ids[:-1])) >= len(text):
                 ids = ids[:-1]  # what was said is the text, and so are its ids
-            self._show(number, text, whole=True)
-            self._done[number] = Generated(tuple(ids), text, "stop" if ended or found else "length")
+            self._show(number, ids, text, whole=True)
+            told = None if self._logprobs is None else self._logprobs.of(number, 0, len(ids))
+            self._done[number] = Generated(tuple(ids), text, "stop" if ended or found else "length", told)
             self._listener.done(number, self._done[number])
         return self._done[number]
 
     def _ends(self, number: int, row: list[int]) -> bool:
         ids, ended = self._spoken(row)
-        if not ended and (self._listener.on_text or self._stop):
+        if not ended and (self._listener.on_text or self._listener.on_logprobs or self._stop):
             text, ended = self._cut(self._text(ids))
-            self._show(number, text, whole=ended)
+            if not ended:  # else `result` shows it, without the tokens of the stop text
+                self._show(number, ids, text)
         if ended or not self._listener.goes_on(number, len(row)):
             self.result(number, row)
         return number in self._done
@@ -353,12 +298,20 @@ class _Follower(StoppingCriteria):
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         return (text[: min(places)], True) if places else (text, False)
 
-    def _show(self, number: int, text: str, *, whole: bool) -> None:
-        if self._listener.on_text is None:
-            return
+    def _show(self, number: int, ids: list[int], text: str, *, whole: bool = False) -> None:
+        """Hand out what is new of a row's text, and the log-probabilities of the tokens that say it."""
         if not whole:  # the end of it may yet become another character, or a stop text
             text = text.rstrip(_UNFINISHED)
             text = text[: len(text) - max(map(len, self._stop), default=1) + 1]
-        if len(text) > self._shown[number]:
+        if self._logprobs is not None and self._listener.on_logprobs:
+            told = end = self._told[number]
+            while end < len(ids) and (
+                whole or len(self._text(ids[:end])) < len(text) >= len(self._text(ids[: end + 1]))
+            ):  # a token that adds nothing may yet be cut off with a stop text
+                end += 1
+            if whole or len(text) > self._shown[number]:
+                self._listener.logprobs(number, self._logprobs.of(number, told, end))
+                self._told[number] = end
+        if self._listener.on_text is not None and len(text) > self._shown[number]:
             self._listener.text(number, text[self._shown[number] :])
             self._shown[number] = len(text)

@@ -5,10 +5,11 @@ Reads descriptions alone, so a library of hundreds is shown at once; loads neith
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptune.errors import SoftPromptError
+from ptune.errors import SoftPromptError, did_you_mean
 from ptune.soft_prompt_files import DESCRIPTION, read_description, size_in_bytes
 
 
@@ -48,10 +49,19 @@ def read_library(folder: str | Path) -> list[LibraryEntry]:
     folder = Path(folder)
     if not folder.is_dir():
         raise SoftPromptError(f'there is no folder "{folder}"; name one that holds soft prompts, as prompts')
-    found = sorted(path.parent for path in folder.rglob(DESCRIPTION))
+    found = folders_in(folder)
     if not found:
         raise SoftPromptError(f'"{folder}" holds no soft prompt; `ptune train` writes one')
-    return [_entry(path, str(path.relative_to(folder)) if path != folder else path.resolve().name) for path in found]
+    return [_entry(path, name) for name, path in found.items()]
+
+
+def folders_in(folder: Path) -> dict[str, Path]:
+    """Return where the soft prompts in a folder lie, by name: the path from there, or the folder's own name for itself.
+
+    Nothing is read, so damaged ones are among them.
+    """
+    found = sorted(path.parent for path in folder.rglob(DESCRIPTION))
+    return {path.relative_to(folder).as_posix() if path != folder else path.resolve().name: path for path in found}
 
 
 def _entry(folder: Path, name: str) -> LibraryEntry:
@@ -71,3 +81,49 @@ def _entry(folder: Path, name: str) -> LibraryEntry:
         bytes=size_in_bytes(folder),
         date=summary.get("date"),
     )
+
+
+class Library:
+    """Where soft prompts lie, by name. A name is looked up and never becomes part of a path.
+
+    Attributes:
+        folder: that all soft prompts in it are known from; None where there is none.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        """Look into a folder.
+
+        Raises:
+            SoftPromptError: there is no such folder.
+        """
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and not self.folder.is_dir():
+            raise SoftPromptError(f'there is no folder "{folder}"; name one that holds soft prompts, as prompts')
+        self._folders: dict[str, Path] = {} if self.folder is None else folders_in(self.folder)
+
+    def find(self, name: str, loaded: Iterable[str] = ()) -> Path:
+        """Return where a soft prompt lies, also one that was saved since the last look.
+
+        Args:
+            name: its own.
+            loaded: names of others that need not be looked for, to be told with the known ones.
+
+        Raises:
+            SoftPromptError: there is none of that name.
+        """
+        if name not in self._folders and self.folder is not None:
+            self._folders = folders_in(self.folder) | self._folders
+        if name not in self._folders:
+            known = list(dict.fromkeys([*loaded, *self._folders]))
+            listed = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "") or "none"
+            place = "is loaded (loaded" if self.folder is None else f'is in "{self.folder}" (there are'
+            raise SoftPromptError(f'no soft prompt "{name}" {place}: {listed}).{did_you_mean(name, known)}')
+        return self._folders[name]
+
+    def add(self, name: str, folder: Path) -> None:
+        """Let a name mean a soft prompt that may lie elsewhere."""
+        self._folders[name] = folder
+
+    def drop(self, name: str) -> None:
+        """Let it mean nothing."""
+        self._folders.pop(name, None)

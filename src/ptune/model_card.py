@@ -24,11 +24,17 @@ def write_model_card(folder: str | Path, description: Mapping[str, Any]) -> None
         OutputError: the folder cannot be written.
     """
     path = Path(folder) / CARD
-    with contextlib.suppress(FileNotFoundError):
-        if _MARK not in path.read_text(encoding="utf-8", errors="replace"):
-            return
+    if path.exists() and not is_model_card(path):
+        return
     text = model_card(Path(folder).resolve().name, description)
     write_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def is_model_card(path: Path) -> bool:
+    """Whether a file is there and was written by ptune."""
+    with contextlib.suppress(OSError):
+        return _MARK in path.read_text(encoding="utf-8", errors="replace")
+    return False
 
 
 def model_card(name: str, description: Mapping[str, Any]) -> str:

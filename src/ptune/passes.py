@@ -16,7 +16,7 @@ from ptune.openings import Group
 from ptune.output_head import Wanted
 from ptune.packed_attention import Packing
 
-PlanName = Literal["reference", "shared prefix", "packed rows", "frozen context"]
+PlanName = Literal["reference", "shared prefix", "packed rows", "kept prefix", "frozen context"]
 
 
 class Run(Protocol):

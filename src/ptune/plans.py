@@ -3,6 +3,8 @@
     reference        one forward over all ids
     shared prefix    rows that open with the same virtual tokens: these run once, with gradient, for all of them
     packed rows      the same, and the rows stand one behind another in one sequence, so that no pad is ever computed
+    kept prefix      without gradient: virtual tokens that open a row run once for as long as they mean the same, in any
+                     call; rows of a batch may open with different ones
     frozen context   text that stands before the first virtual token does not depend on the prompt: it runs without
                      gradient, and once for a whole run where its keys and values are kept
 
@@ -26,11 +28,13 @@ import torch
 from torch import Tensor
 
 from ptune.context_cache import ContextCache
+from ptune.kept_prefixes import KeptPrefixes, opening_lengths
 from ptune.keys_and_values import new_cache, padded, read_cache, stacked
 from ptune.openings import Group, context_lengths, contexts_in, length_groups, padding_share, prefix_groups
 from ptune.output_head import Wanted
 from ptune.packed_attention import PackedGroup, Packing
 from ptune.passes import Choice, PlanName, Run
+from ptune.virtual_tokens import VirtualTokens
 
 _SHORTEST_CONTEXT = 8
 """Contexts of fewer tokens, on average, are not worth a pass of their own."""
@@ -49,6 +53,7 @@ class Plans:
 
     Attributes:
         contexts: keys and values of contexts that are kept; empty until `prepare`.
+        prefixes: those of virtual tokens that open rows.
         last: the plan of the latest pass.
         why: what it was chosen for, in a few words.
         may_pack: whether packed rows may be chosen, where they give the same numbers.
@@ -62,6 +67,7 @@ class Plans:
         dtype: Callable[[], torch.dtype],
         *,
         may_pack: bool = False,
+        virtual_tokens: Callable[[], VirtualTokens | None] = lambda: None,
     ) -> None:
         """Plan the passes of one model.
 
@@ -71,10 +77,12 @@ class Plans:
             device: where it is.
             dtype: of its keys and values.
             may_pack: whether its attention layers can read packed rows; tried once before it is believed.
+            virtual_tokens: its table, where it has one.
         """
         self._run, self._vocabulary_size, self._device, self._dtype = run, vocabulary_size, device, dtype
         self.may_pack = may_pack
         self.contexts = ContextCache(0)
+        self.prefixes = KeptPrefixes(self._run_contexts, virtual_tokens)
         self.last: PlanName = "reference"
         self.why = "nothing has run yet"
 
@@ -90,6 +98,12 @@ class Plans:
             wanted: hidden states ``[N, H]`` in place of logits, where it says so.
         """
         run = functools.partial(self._run, wanted=wanted)
+        if not torch.is_grad_enabled() and not bool((positions & ~attention_mask.bool()).any()):
+            opening = opening_lengths(input_ids, attention_mask, positions, self._vocabulary_size)
+            if pasts := self.prefixes.of(input_ids.tolist(), opening.tolist()):
+                opening = opening.new_tensor([past.shape[2] for past in pasts])
+                self.note("kept prefix", f"{int(opening.max())} virtual tokens at most open rows, without gradient")
+                return self._behind(run, input_ids, attention_mask, positions, opening, pasts)
         choice = self.choose(input_ids, attention_mask, positions)
         self.note(choice.plan, choice.why)
         if choice.plan == "packed rows":
@@ -307,14 +321,25 @@ class Plans:
         self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, lengths: Tensor
     ) -> Tensor:
         """Run what follows the contexts, given their keys and values."""
-        contexts, ends = contexts_in(input_ids, lengths), attention_mask.sum(-1)
+        contexts = contexts_in(input_ids, lengths)
         distinct = dict.fromkeys(contexts)
         kept = {ids: past for ids in distinct if (past := self.contexts.get(ids)) is not None}
         if missing := sorted(distinct.keys() - kept.keys(), key=lambda ids: (-len(ids), ids)):
             kept |= dict(zip(missing, self._run_contexts(missing), strict=True))
         kept = {ids: past.to(self._dtype()) for ids, past in kept.items()}  # may be kept in half precision
-        pasts = [kept[ids] for ids in contexts]
-        device = input_ids.device
+        return self._behind(run, input_ids, attention_mask, positions, lengths, [kept[ids] for ids in contexts])
+
+    def _behind(
+        self,
+        run: Run,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        pasts: Sequence[Tensor],
+    ) -> Tensor:
+        """Run what follows the first ``lengths``, ``[B]``, of each row, given their keys and values."""
+        device, ends = input_ids.device, attention_mask.sum(-1)
         if self.may_pack and self._packs:
             return self._packed_behind(run, input_ids, attention_mask, positions, lengths, pasts)
         steps = torch.arange(input_ids.shape[1], device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -16,3 +17,15 @@ class Settings(BaseModel):
 def label_text(value: Any) -> str:
     """Return a label as its text: booleans as ``true`` and ``false``, whatever JSON or YAML made of them."""
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def bytes_of(size: str) -> int:
+    """Return a size written as in ``500MB`` or ``2GB`` in bytes.
+
+    Raises:
+        ValueError: it is written otherwise.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", size, flags=re.IGNORECASE)
+    if found is None:
+        raise ValueError(f'a size is written as in "500MB" or "2GB", and found "{size}"')
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))

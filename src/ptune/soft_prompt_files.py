@@ -28,7 +28,7 @@ from ptune.errors import OutputError, SoftPromptError, did_you_mean
 from ptune.files import read_json, read_tensors, tensors_hash, write_atomically, write_json, write_tensors
 from ptune.keys_and_values import KeyValueShape
 from ptune.linear_head import LinearHead, head_from, head_tensors
-from ptune.model_card import CARD
+from ptune.model_card import CARD, is_model_card
 from ptune.peft_format import ADAPTER_CONFIG, ADAPTER_TENSORS
 from ptune.settings import Settings
 from ptune.task_config import TaskConfig
@@ -167,6 +167,26 @@ def size_in_bytes(folder: str | Path) -> int:
     _check_folder(folder)
     names = (DESCRIPTION, TENSORS, ADAPTER_CONFIG, ADAPTER_TENSORS, CARD)
     return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+
+
+def remove_soft_prompt(folder: Path) -> None:
+    """Remove a soft prompt's files, the description first, so that it is there whole or not at all.
+
+    What else stands in the folder stays: its run, and a README that is not ptune's.
+
+    Raises:
+        OutputError: a file cannot be removed.
+    """
+    names = [DESCRIPTION, TENSORS, _PREVIOUS, ADAPTER_CONFIG, ADAPTER_TENSORS]
+    if is_model_card(folder / CARD):
+        names.append(CARD)
+    try:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise OutputError(f'cannot remove the soft prompt in "{folder}": {error}; see to its permissions') from error
 
 
 def _check_folder(folder: Path) -> None:

@@ -15,8 +15,10 @@ Knows nothing of encoders, tasks or training.
 
 from __future__ import annotations
 
+import bisect
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from ptune.deep_prompts import DeepPrompts
 from ptune.keys_and_values import KeyValueShape
+from ptune.prefix_cache import PrefixCache
 
 _attached: WeakKeyDictionary[nn.Module, VirtualTokens] = WeakKeyDictionary()
 
@@ -37,17 +40,24 @@ class VirtualTokens:
     Attributes:
         vocabulary_size: V.
         deep: those of its ranges that mean keys and values.
+        prefixes: kept keys and values of virtual tokens that open a row.
+        lock: for those who share the model between threads, to be held while it runs.
     """
 
     def __init__(self, model: nn.Module) -> None:
         matrix = input_embedding(model)
         self.vocabulary_size: int = input_matrix(model).shape[0]
         self.deep = DeepPrompts()
+        self.prefixes = PrefixCache()
+        self.lock = threading.RLock()
         self._users = 0
         self._next_id = self.vocabulary_size
         self._segments: dict[int, Tensor] = {}
+        self._starts: list[int] = []  # first ids of the segments, in order
+        self._settings: dict[int, int] = {}  # how often a segment's rows were set
+        self._times_set = 0
         self._table: Tensor | None = None
-        self._row_of_id = torch.empty(0, dtype=torch.long)
+        self._ranges = torch.empty(3, 0, dtype=torch.long)  # each segment's first id, end, and first row in the table
         self._modules = [m for m in model.modules() if m is matrix or getattr(m, "weight", None) is matrix.weight]
         self._modules = [m for m in self._modules if isinstance(m, nn.Embedding) or m is matrix]
         self._own_forward: list[Callable[..., Tensor] | None] = []
@@ -95,27 +105,53 @@ class VirtualTokens:
         if deep is not None:
             self.deep.set(first_id, rows, deep)
             return
+        before = self._segments.get(first_id)
+        if before is None:
+            bisect.insort(self._starts, first_id)
+        if before is None or before.data_ptr() != rows.data_ptr() or before.shape != rows.shape:
+            self._times_set += 1
+            self._settings[first_id] = self._times_set
+            self.prefixes.forget(first_id, first_id + len(rows))
         self._segments[first_id] = rows
         self._table = None
+
+    def meaning(self, ids: Sequence[int]) -> Hashable:
+        """Return what tells the rows that virtual ids mean now from those that they meant or will mean.
+
+        None where an id means nothing, or keys and values.
+        """
+        found = []
+        place = 0
+        while place < len(ids):
+            number = bisect.bisect_right(self._starts, ids[place]) - 1
+            first = self._starts[number] if number >= 0 else 0
+            rows = self._segments.get(first)
+            if rows is None or ids[place] >= first + len(rows):
+                return None
+            # An optimizer changes rows in place; their counter tells, where they have one.
+            found.append((first, self._settings[first], 0 if rows.is_inference() else rows._version))
+            while place < len(ids) and first <= ids[place] < first + len(rows):
+                place += 1
+        return tuple(found)
 
     def release(self, first_id: int) -> None:
         """Forget the rows of the range that starts at ``first_id``; its ids are not given again."""
         self.deep.release(first_id)
-        self._segments.pop(first_id, None)
+        rows = self._segments.pop(first_id, None)
+        if rows is not None:
+            self._starts.remove(first_id)
+            del self._settings[first_id]
+            self.prefixes.forget(first_id, first_id + len(rows))
         self._table = None
 
     def _build_table(self) -> Tensor:
         # Several ranges, freed ones between them: rows stand densely, and a second table finds them by id.
-        segments = self._segments
+        segments = [self._segments[first] for first in self._starts]
         with torch.enable_grad():  # the first to ask may be a pass without gradient, and the next one with
-            table = torch.cat(list(segments.values())) if len(segments) > 1 else next(iter(segments.values()))
-        row_of_id = torch.full((self._next_id - self.vocabulary_size,), -1, dtype=torch.long)
-        start = 0
-        for first, rows in segments.items():
-            offset = first - self.vocabulary_size
-            row_of_id[offset : offset + len(rows)] = torch.arange(start, start + len(rows))
-            start += len(rows)
-        self._row_of_id = row_of_id.to(table.device)
+            table = torch.cat(segments) if len(segments) > 1 else segments[0]
+        lengths = torch.tensor([len(rows) for rows in segments])
+        starts = torch.tensor(self._starts)
+        self._ranges = torch.stack([starts, starts + lengths, lengths.cumsum(0) - lengths]).to(table.device)
         return table
 
     def _teach(self, module: nn.Module) -> None:
@@ -129,12 +165,20 @@ class VirtualTokens:
                 self._table = self._build_table()
             virtual = input_ids >= self.vocabulary_size
             words = frozen_rows(input_ids.masked_fill(virtual, 0))
-            offsets = (input_ids - self.vocabulary_size).clamp(min=0)
-            rows = self._row_of_id.to(input_ids.device)[offsets].masked_fill(~virtual, 0)
-            table = self._table.to(device=words.device, dtype=words.dtype)
-            return torch.where(virtual.unsqueeze(-1), nn.functional.embedding(rows, table), words)
+            starts, ends, first_rows = self._ranges.to(input_ids.device)
+            numbers = (torch.searchsorted(starts, input_ids.contiguous(), right=True) - 1).clamp(min=0)
+            rows = input_ids - starts[numbers] + first_rows[numbers]
+            rows = rows.masked_fill((input_ids < starts[numbers]) | (input_ids >= ends[numbers]), -1)  # means nothing
+            table = self._table.to(words.device)
+            prompted = nn.functional.embedding(rows.masked_fill(~virtual, 0), table).to(words.dtype)
+            return torch.where(virtual.unsqueeze(-1), prompted, words)
 
         module.forward = forward
+
+
+def virtual_tokens_of(model: nn.Module) -> VirtualTokens | None:
+    """Return the table of a model; None where nobody ever attached to it."""
+    return _attached.get(model)
 
 
 def deep_prompts_of(model: nn.Module) -> DeepPrompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +47,10 @@ def generate(
     no_repeat_ngram_size: Annotated[int, typer.Option(min=0, help="No n-gram of this size twice; 0 allows all.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="For the same sample again.")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, max=20, help="Behind the answer, each token's log-probability and of so many likeliest."),
+    ] = None,
 ) -> None:
     """Answer one instruction, or chat until an empty line."""
     from ptune.cli.quiet import quiet
@@ -68,16 +73,23 @@ def generate(
             no_repeat_ngram_size=no_repeat_ngram_size,
             stop=tuple(stop or ()),
             seed=seed,
+            logprobs=logprobs is not None,
+            top_logprobs=logprobs or 0,
         )
         chat = Chat(engine, name, options, with_prompt=not no_prompt)
         others = column_mapping(field)
+        tokenizer = engine.backbone.tokenizer
+
+        def spelt(token: int) -> str:
+            return str(tokenizer.decode([token]))
+
         if text is not None:
-            _answer(chat, engine.first_field(name, text, others))
+            _answer(chat, engine.first_field(name, text, others), spelt)
             return
         if sys.stdin.isatty():
             typer.echo("An empty line ends the chat.", err=True)
         while line := _question():
-            _answer(chat, engine.first_field(name, line, others))
+            _answer(chat, engine.first_field(name, line, others), spelt)
 
 
 def _options(**values: Any) -> GenerationOptions:
@@ -98,6 +110,9 @@ def _question() -> str:
         return ""
 
 
-def _answer(chat: Chat, record: dict[str, str]) -> None:
-    chat.say(record, on_text=lambda piece: typer.echo(piece, nl=False))
+def _answer(chat: Chat, record: dict[str, str], spelt: Callable[[int], str]) -> None:
+    answer = chat.say(record, on_text=lambda piece: typer.echo(piece, nl=False))
     typer.echo()
+    for one in answer.logprobs or ():
+        pairs = [(one.id, one.logprob), *one.top]
+        typer.echo("\t".join(f"{spelt(token)!r} {logprob:.3f}" for token, logprob in pairs))

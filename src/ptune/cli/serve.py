@@ -14,6 +14,9 @@ from pydantic import ValidationError
 from ptune.errors import ConfigError, MissingExtraError
 
 _LOOPBACK = ("localhost", "127.", "::1")
+_KEEP_ALIVE = 75
+"""Seconds that an idle connection stays: longer than clients keep theirs (httpx and openai: 5), or a request is sent
+into a connection that is being closed, and lost."""
 
 
 def serve(
@@ -38,6 +41,9 @@ def serve(
     deadline: Annotated[float | None, typer.Option(help="Seconds after which a request gets 504.")] = None,
     drain: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM leaves to requests in flight.")] = 60,
     prompt_memory: Annotated[int | None, typer.Option(help="Bytes of soft prompts kept in memory.")] = None,
+    key_memory: Annotated[
+        int | None, typer.Option(help="Bytes of their keys and values kept from call to call; 0 keeps none.")
+    ] = None,
     watch: Annotated[float | None, typer.Option(help="Seconds between looks at the folder of soft prompts.")] = None,
     log_text: Annotated[bool, typer.Option("--log-text", help="Write users' texts and answers into the log.")] = False,
 ) -> None:
@@ -50,6 +56,7 @@ def serve(
         "max_queue": max_queue,
         "deadline_seconds": deadline,
         "prompt_memory": prompt_memory,
+        "key_memory": key_memory,
         "watch_seconds": watch,
     }
     try:
@@ -85,7 +92,9 @@ def serve(
         log.info("serving", extra={"url": url, "backbone": backbone, "tokens": len(tokens)})
         if not tokens and not host.startswith(_LOOPBACK):
             log.warning("anybody who reaches this address can use the server: no tokens are set")
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=drain)
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=drain, timeout_keep_alive=_KEEP_ALIVE
+        )
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has drained: the end is ours
         uvicorn.Server(config).run(sockets=[listening])
     log.info("stopped")

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from ptune import __version__
 from ptune.engine import Engine
 from ptune.errors import PtuneError, did_you_mean
+from ptune.serve.administration import administration_routes
 from ptune.serve.limits import BodyLimit
 from ptune.serve.logs import Observed
 from ptune.serve.operation import operation_routes
@@ -28,6 +29,7 @@ from ptune.serve.protocol import (
     ErrorBody,
     StreamOptions,
     TextPart,
+    Upload,
 )
 from ptune.serve.reading import reading_routes
 from ptune.serve.refusals import RefusedError, error_body, refusal_of
@@ -36,7 +38,7 @@ from ptune.serve.service import Service
 from ptune.serve.settings import ServeSettings
 from ptune.serve.writing import writing_routes
 
-_BODIES = (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions, ClassifyRequest)
+_BODIES = (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions, ClassifyRequest, Upload)
 _MEMBERS = sorted({name for body in _BODIES for name in body.model_fields})
 
 
@@ -55,6 +57,7 @@ def create_app(
         ConfigError: there is no such folder.
     """
     settings = settings or ServeSettings()
+    engine.memory.budget, engine.keys.budget = settings.prompt_memory, settings.key_memory
     service = Service(engine, PromptFolder(prompts, engine.backbone), settings)
 
     @contextlib.asynccontextmanager
@@ -77,7 +80,8 @@ def create_app(
     }
     bearer = [Security(HTTPBearer(auto_error=False))] if tokens else []  # for the description; BearerTokens asks
     app.include_router(operation_routes(service))
-    for router in (reading_routes(service), writing_routes(service)):
+    administration = [administration_routes(service, prompts)] if tokens and prompts is not None else []
+    for router in (reading_routes(service), writing_routes(service), *administration):
         app.include_router(router, responses=errors, dependencies=bearer)
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(PtuneError, _refused)

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from ptune.engine import Engine, LoadedPrompt
 from ptune.generation import Generated, GenerationOptions, generate
+from ptune.sampling import TokenLogprob
 from ptune.serve.contexts import context_of
 from ptune.serve.prompts import Served
 from ptune.serve.refusals import RefusedError
@@ -40,6 +41,16 @@ class Written:
     finished: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    untold: tuple[TokenLogprob, ...] | None = None  # those of them that no piece has told
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came since of a continuation, and the log-probabilities of its tokens where they were asked for."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class Job(ABC):
@@ -156,7 +167,7 @@ class Writing(Job):
         *,
         max_new_tokens: int | None,
         most_new_tokens: int,
-        on_text: Callable[[str], None] | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
     ) -> None:
         """Take what makes the context once the soft prompt is there, given how many tokens the answer may have.
 
@@ -166,12 +177,13 @@ class Writing(Job):
             options: of `GenerationOptions`, but for the length.
             max_new_tokens: as the soft prompt's task says, where absent.
             most_new_tokens: where the task says more.
-            on_text: gets each piece of text, in the engine's thread.
+            on_piece: gets each piece of text, in the engine's thread.
         """
         super().__init__(served, 1)
         self._make_context, self._options = context, GenerationOptions(**options)
         self._max_new_tokens, self._most_new_tokens = max_new_tokens, most_new_tokens
-        self._on_text = on_text
+        self._on_piece = on_piece
+        self._untold: list[TokenLogprob] = []
         self._context: list[int] = []
         self._new_tokens = 0
 
@@ -201,14 +213,17 @@ class Writing(Job):
         """Continue all contexts together, each up to its own length or until it is called off."""
 
         def on_text(number: int, text: str) -> None:
-            listener = jobs[number]._on_text
-            if listener is not None and not jobs[number].called_off:
-                listener(text)
+            job = jobs[number]
+            if job._on_piece is not None and not job.called_off:
+                job._on_piece(Piece(text, job._told()))
+
+        def on_logprobs(number: int, logprobs: tuple[TokenLogprob, ...]) -> None:
+            jobs[number]._untold += logprobs
 
         def on_done(number: int, generated: Generated) -> None:
             job = jobs[number]
-            answer = Written(generated.text, generated.finished, len(job._context), len(generated.ids))
-            job.answer(answer)
+            read, wrote = len(job._context), len(generated.ids)
+            job.answer(Written(generated.text, generated.finished, read, wrote, generated.logprobs, job._told()))
 
         def go_on(number: int, length: int) -> bool:
             return length < jobs[number]._new_tokens and not jobs[number].called_off
@@ -219,7 +234,13 @@ class Writing(Job):
             [job._context for job in jobs],
             jobs[0]._options.model_copy(update={"max_new_tokens": longest}),
             batch_size=len(jobs),
-            on_text=on_text if any(job._on_text for job in jobs) else None,
+            on_text=on_text if any(job._on_piece for job in jobs) else None,
+            on_logprobs=on_logprobs if any(job._on_piece for job in jobs) else None,
             on_done=on_done,
             go_on=go_on,
         )
+
+    def _told(self) -> tuple[TokenLogprob, ...] | None:
+        """Return the log-probabilities that came since, and forget them."""
+        told, self._untold = tuple(self._untold), []
+        return told if self._options.logprobs else None

@@ -18,7 +18,16 @@ from ptune.serve.refusals import internal_error
 
 _log = logging.getLogger(__name__)
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
-_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/classify", "/v1/models", "/healthz", "/readyz", "/metrics")
+_PATHS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/classify",
+    "/v1/models",
+    "/v1/prompts",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+)
 
 
 class JsonLines(logging.Formatter):

@@ -29,6 +29,7 @@ class Metrics:
         self.waiting = Gauge("ptune_waiting_texts", "Texts in the queue.", registry=registry)
         self.prompts = Gauge("ptune_prompts_in_memory", "Soft prompts in the engine's table.", registry=registry)
         self.prompt_bytes = Gauge("ptune_prompt_bytes_in_memory", "Bytes that they take.", registry=registry)
+        self.key_bytes = Gauge("ptune_key_bytes_in_memory", "Bytes of kept keys and values.", registry=registry)
         self.loads = Counter("ptune_prompt_loads", "Soft prompts read from disk.", registry=registry)
 
     def text(self) -> bytes:

@@ -3,7 +3,8 @@
 A name that a request gives is looked up in a dictionary and never becomes part of a path. Each version of a soft prompt
 is an object of its own with ids of its own in the engine, so a request keeps the version that it began with.
 
-`PromptFolder` belongs to the event loop, `PromptMemory` to the thread that owns the engine. Knows no HTTP but refusals.
+`PromptFolder` belongs to the event loop, `VersionsInMemory` to the thread that owns the engine. Knows no HTTP but
+refusals.
 """
 
 from __future__ import annotations
@@ -11,17 +12,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ptune.backbone import Backbone
 from ptune.engine import Engine, LoadedPrompt
 from ptune.errors import ConfigError, SoftPromptError
+from ptune.library import folders_in
 from ptune.serve.metrics import Metrics
 from ptune.serve.refusals import unknown_model, unusable_model
-from ptune.soft_prompt import SoftPrompt
 from ptune.soft_prompt_files import DESCRIPTION, read_description
 
 _log = logging.getLogger(__name__)
@@ -99,7 +98,7 @@ class PromptFolder:
         """Take up what was added, replaced and removed since. A version that cannot be used leaves the old in place."""
         if self._folder is None:
             return
-        found = {self._name(path): path for path in sorted(self._folder.rglob(DESCRIPTION))}
+        found = {name: path / DESCRIPTION for name, path in folders_in(self._folder).items()}
         served: dict[str, Served] = {}
         unusable: dict[str, tuple[Stamp, str]] = {}
         for name, path in found.items():
@@ -121,11 +120,6 @@ class PromptFolder:
         for name in {*self.served, *served}:
             self._tell(name, self.served.get(name), served.get(name))
         self.served, self._unusable = served, unusable  # two assignments: a request sees a whole dictionary
-
-    def _name(self, path: Path) -> str:
-        assert self._folder is not None
-        folder = path.parent
-        return folder.resolve().name if folder == self._folder else folder.relative_to(self._folder).as_posix()
 
     def _read(self, name: str, path: Path, stamp: Stamp) -> Served:
         if name == self.bare:
@@ -150,16 +144,15 @@ class PromptFolder:
         _log.info(f"soft prompt {what}", extra={"prompt": name})
 
 
-class PromptMemory:
-    """The versions that stand in the engine, within a budget of bytes: those unused for longest go first.
+class VersionsInMemory:
+    """The versions that stand in the engine, within its budget of bytes; replaced ones go when nobody uses them.
 
-    What a request uses stays. To be called from the one thread that owns the engine.
+    To be called from the one thread that owns the engine.
     """
 
-    def __init__(self, engine: Engine, budget: int, metrics: Metrics) -> None:
-        self._engine, self._budget, self._metrics = engine, budget, metrics
-        self._loaded: OrderedDict[Served, LoadedPrompt] = OrderedDict()
-        self._users: dict[Served, int] = {}
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        self._engine, self._metrics = engine, metrics
+        self._known: set[Served] = set()
 
     def hold(self, served: Served) -> LoadedPrompt:
         """Return a version, loaded where need be; it stays until it was let go as often as it was held.
@@ -167,39 +160,31 @@ class PromptMemory:
         Raises:
             RefusedError: 404, it cannot be loaded any more.
         """
-        if served not in self._loaded:
-            try:
-                self._engine.add(served.key, SoftPrompt.load(served.folder))
-            except SoftPromptError as error:
-                _log.warning("a soft prompt cannot be loaded", extra={"prompt": served.name, "reason": str(error)})
-                raise unusable_model(served.name, "cannot be loaded any more; the server's log says more") from error
-            self._loaded[served] = self._engine.prompts[served.key]
-            self._metrics.loads.inc()
-        self._loaded.move_to_end(served)
-        self._users[served] = self._users.get(served, 0) + 1
-        return self._loaded[served]
+        if served not in self._known:
+            self._engine.offer(served.key, served.folder)
+            self._known.add(served)
+        there = served.key in self._engine.memory
+        try:
+            loaded = self._engine.hold(served.key)
+        except SoftPromptError as error:
+            _log.warning("a soft prompt cannot be loaded", extra={"prompt": served.name, "reason": str(error)})
+            raise unusable_model(served.name, "cannot be loaded any more; the server's log says more") from error
+        self._metrics.loads.inc(not there)
+        return loaded
 
     def let_go(self, served: Served) -> None:
         """End one use."""
-        self._users[served] -= 1
-        if not self._users[served]:
-            del self._users[served]
+        self._engine.let_go(served.key)
 
     def sweep(self) -> None:
-        """Forget versions that were replaced or removed, and the longest unused ones over the budget."""
-        idle = [served for served in self._loaded if served not in self._users]
-        size = self._bytes(self._loaded)
-        for served in [served for served in idle if served.retired] + [s for s in idle if not s.retired]:
-            if served.retired or size > self._budget:
-                size -= self._bytes([served])
-                self._engine.remove(served.key)
-                del self._loaded[served]
-        self._metrics.prompts.set(len(self._loaded))
-        self._metrics.prompt_bytes.set(size)
-
-    def _bytes(self, versions: Iterable[Served]) -> int:
-        # The table is a copy of the rows that each soft prompt keeps.
-        return sum(2 * self._loaded[served].prompt.rows.nbytes for served in versions)
+        """Forget versions that were replaced or removed and that nobody uses."""
+        for served in [served for served in self._known if served.retired]:
+            if not self._engine.memory.held(served.key):
+                self._engine.withdraw(served.key)
+                self._known.remove(served)
+        self._metrics.prompts.set(len(self._engine.prompts))
+        self._metrics.prompt_bytes.set(self._engine.memory.bytes)
+        self._metrics.key_bytes.set(self._engine.keys.bytes)
 
 
 def _stamp(path: Path) -> Stamp:

@@ -77,7 +77,7 @@ class Sampling(Body):
         return self
 
     def options(self) -> dict[str, Any]:
-        """Return settings of `ptune.generation.GenerationOptions`, but for the length.
+        """Return settings of `ptune.sampling.GenerationOptions`, but for the length.
 
         Requests that ask for the same come out equal, so that they can share a batch.
         """
@@ -104,8 +104,13 @@ class CompletionRequest(Sampling):
     prompt: str | Annotated[list[str], Field(min_length=1)]
     best_of: Annotated[int | None, _only(1, "is 1 here: one answer to a text")] = None
     echo: Annotated[bool | None, _only(False, "is not offered here")] = None
-    logprobs: Annotated[int | None, _only(None, "is not offered here")] = None
+    logprobs: int | None = Field(None, ge=0, le=20, description="Log-probabilities of so many tokens at each place.")
     suffix: Annotated[str | None, _only(None, "is not offered here")] = None
+
+    def options(self) -> dict[str, Any]:
+        """Return settings of `ptune.sampling.GenerationOptions`, but for the length."""
+        told = {} if self.logprobs is None else {"logprobs": True, "top_logprobs": self.logprobs}
+        return super().options() | told
 
 
 class TextPart(Body):
@@ -132,14 +137,25 @@ class ChatRequest(Sampling):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=256)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Annotated[bool | None, _only(False, "is not offered here")] = None
-    top_logprobs: Annotated[int | None, _only(0, "is not offered here")] = None
+    logprobs: bool | None = Field(None, description="Tell the log-probability of each token.")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="And of so many likeliest ones in its place.")
 
     @model_validator(mode="after")
     def _one_length(self) -> ChatRequest:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens is the old name of max_completion_tokens, and the two differ; give one")
         return self
+
+    @model_validator(mode="after")
+    def _top_of_what_is_told(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs go with logprobs: true; set it or leave them out")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """Return settings of `ptune.sampling.GenerationOptions`, but for the length."""
+        told = {"logprobs": True, "top_logprobs": self.top_logprobs or 0} if self.logprobs else {}
+        return super().options() | told
 
 
 class ClassifyRequest(Body):
@@ -151,6 +167,21 @@ class ClassifyRequest(Body):
     )
 
 
+class Upload(Body):
+    """Body of ``PUT /v1/prompts/NAME``: the two files of a soft prompt."""
+
+    description: str = Field(description="The text of ptune.json.")
+    tensors: str = Field(description="soft_prompt.safetensors in base64.")
+
+
+class Removed(BaseModel):
+    """Answer of ``DELETE /v1/prompts/NAME``."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
 class Usage(BaseModel):
     """Tokens that the model read, virtual ones among them, and wrote."""
 
@@ -159,13 +190,43 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities as completions have them, a member a token in each list."""
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class TokenAlternative(BaseModel):
+    """A token and its log-probability; no bytes where it is part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenEntry(TokenAlternative):
+    """A token that was written, and the likeliest in its place."""
+
+    top_logprobs: list[TokenAlternative]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities as chats have them."""
+
+    content: list[TokenEntry]
+    refusal: None = None
+
+
 class CompletionChoice(BaseModel):
     """The continuation of one text."""
 
     index: int
     text: str
     finish_reason: Literal["stop", "length"] | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
 
 
 class Completion(BaseModel):
@@ -192,7 +253,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     finish_reason: Literal["stop", "length"]
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -223,7 +284,7 @@ class ChatDelta(BaseModel):
     index: int
     delta: Delta
     finish_reason: Literal["stop", "length"] | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletionChunk(BaseModel):

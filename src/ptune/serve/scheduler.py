@@ -17,7 +17,7 @@ from ptune.engine import Engine
 from ptune.errors import PtuneError
 from ptune.serve.jobs import Job
 from ptune.serve.metrics import Metrics
-from ptune.serve.prompts import PromptMemory
+from ptune.serve.prompts import VersionsInMemory
 from ptune.serve.refusals import RefusedError, internal_error
 from ptune.serve.settings import ServeSettings
 
@@ -29,7 +29,7 @@ class Scheduler:
 
     def __init__(self, engine: Engine, settings: ServeSettings, metrics: Metrics) -> None:
         self._engine, self._settings, self._metrics = engine, settings, metrics
-        self._memory = PromptMemory(engine, settings.prompt_memory, metrics)
+        self._versions = VersionsInMemory(engine, metrics)
         self._condition = threading.Condition()
         self._arrived: list[Job] = []  # not looked at yet
         self._prepared: list[Job] = []  # their soft prompts held; the thread's own
@@ -88,7 +88,7 @@ class Scheduler:
                 self._run(batch)
             elif self._closing:
                 return
-            self._memory.sweep()
+            self._versions.sweep()
 
     def _newly_arrived(self) -> list[Job]:
         """Wait for work, and then a moment for more of it, unless some waits already."""
@@ -109,7 +109,7 @@ class Scheduler:
         held = False
         try:
             if not job.called_off:
-                loaded = None if job.served is None else self._memory.hold(job.served)
+                loaded = None if job.served is None else self._versions.hold(job.served)
                 held = loaded is not None
                 job.prepare(self._engine, loaded)
                 self._prepared.append(job)
@@ -119,7 +119,7 @@ class Scheduler:
         except Exception as error:
             self._fail([job], error)
         if held and job.served is not None:
-            self._memory.let_go(job.served)
+            self._versions.let_go(job.served)
         with self._condition:
             self._count(-job.rows)
 
@@ -174,7 +174,7 @@ class Scheduler:
 
     def _let_go(self, job: Job) -> None:
         if job.served is not None:
-            self._memory.let_go(job.served)
+            self._versions.let_go(job.served)
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         # The message may quote a user's text, so the log gets the kind of error and where it happened.

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from starlette.requests import Request
 
 from ptune.engine import Engine
-from ptune.serve.jobs import Job, Scored, Written
+from ptune.serve.jobs import Job, Piece, Scored, Written
 from ptune.serve.metrics import Metrics
 from ptune.serve.prompts import PromptFolder
 from ptune.serve.protocol import Usage
@@ -23,10 +23,10 @@ from ptune.serve.settings import ServeSettings
 
 T = TypeVar("T")
 
-Event: TypeAlias = "tuple[int, str | Written]"
+Event: TypeAlias = "tuple[int, Piece | Written]"
 """A job's number, and a piece of its text or, at its end, its whole answer."""
 
-Heard: TypeAlias = "tuple[int, str | Future[Any]]"
+Heard: TypeAlias = "tuple[int, Piece | Future[Any]]"
 """What the engine's thread hands over: a job's number, and a piece of its text or, at its end, its future."""
 
 
@@ -37,6 +37,7 @@ class Service:
         self.engine, self.folder, self.settings = engine, folder, settings
         self.metrics = Metrics()
         self.scheduler = Scheduler(engine, settings, self.metrics)
+        self.changing = asyncio.Lock()  # held while the folder is changed or looked at
         self.started = int(time.time())
 
     @contextlib.asynccontextmanager
@@ -53,8 +54,9 @@ class Service:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self.settings.watch_seconds)
-            with contextlib.suppress(OSError):  # a disk that is away for a while
-                await asyncio.to_thread(self.folder.scan)
+            async with self.changing:
+                with contextlib.suppress(OSError):  # a disk that is away for a while
+                    await asyncio.to_thread(self.folder.scan)
 
     async def answers(self, request: Request, jobs: Sequence[Job]) -> list[Any]:
         """Submit jobs and return their answers.
@@ -106,7 +108,7 @@ class Service:
                     number, what = await asyncio.wait_for(queue.get(), until - time.monotonic())
                 except asyncio.TimeoutError:
                     raise self._too_late() from None
-                if isinstance(what, str):
+                if isinstance(what, Piece):
                     yield number, what
                 else:
                     left -= 1

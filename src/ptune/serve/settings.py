@@ -18,6 +18,7 @@ class ServeSettings(Settings):
     gather_seconds: float = Field(0.002, ge=0, description="How long an idle engine waits for company to a request.")
     deadline_seconds: float = Field(120.0, gt=0, description="After so long a request gets 504 and its work stops.")
     prompt_memory: int = Field(1_000_000_000, gt=0, description="Bytes of soft prompts kept in memory.")
+    key_memory: int = Field(1_000_000_000, ge=0, description="Bytes of their keys and values kept from call to call.")
     watch_seconds: float = Field(2.0, gt=0, description="How often the folder of soft prompts is looked at.")
     log_text: bool = Field(False, description="Write users' texts and the answers into the log.")
 

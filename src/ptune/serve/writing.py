@@ -7,16 +7,19 @@ import functools
 import json
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
 
 from ptune.errors import PtuneError
 from ptune.serve.contexts import chat_context, completion_context
-from ptune.serve.jobs import Writing, Written
+from ptune.serve.jobs import Piece, Writing, Written
+from ptune.serve.logprobs import Spelling
 from ptune.serve.protocol import (
     AnswerMessage,
     ChatChoice,
@@ -56,9 +59,17 @@ def writing_routes(service: Service) -> APIRouter:
         asked = _Asked(service, request, body, "cmpl", body.max_tokens, [functools.partial(context, t) for t in texts])
         asked.log_input(body.prompt)
         if body.stream:
-            return await asked.stream(_CompletionEvents())
+            return await asked.stream(_CompletionEvents(service.engine.backbone.tokenizer))
         answers = await asked.answers()
-        choices = [CompletionChoice(index=i, text=a.text, finish_reason=a.finished) for i, a in enumerate(answers)]
+        choices = [
+            CompletionChoice(
+                index=number,
+                text=answer.text,
+                finish_reason=answer.finished,
+                logprobs=Spelling(service.engine.backbone.tokenizer).for_completion(answer.logprobs),
+            )
+            for number, answer in enumerate(answers)
+        ]
         return Completion(**asked.head, choices=choices, usage=asked.usage(answers))
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
@@ -72,10 +83,11 @@ def writing_routes(service: Service) -> APIRouter:
         asked = _Asked(service, request, body, "chatcmpl", body.max_completion_tokens or body.max_tokens, [context])
         asked.log_input(messages)
         if body.stream:
-            return await asked.stream(_ChatEvents())
+            return await asked.stream(_ChatEvents(service.engine.backbone.tokenizer))
         answers = await asked.answers()
         message = AnswerMessage(content=answers[0].text)
-        choice = ChatChoice(index=0, message=message, finish_reason=answers[0].finished)
+        logprobs = Spelling(service.engine.backbone.tokenizer).for_chat(answers[0].logprobs)
+        choice = ChatChoice(index=0, message=message, finish_reason=answers[0].finished, logprobs=logprobs)
         return ChatCompletion(**asked.head, choices=[choice], usage=asked.usage(answers))
 
     return router
@@ -86,11 +98,16 @@ class _CompletionEvents:
 
     shape = Completion
 
-    def piece(self, index: int, text: str) -> list[BaseModel]:
-        return [CompletionChoice(index=index, text=text, finish_reason=None)]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._spellings: defaultdict[int, Spelling] = defaultdict(lambda: Spelling(tokenizer))
+
+    def piece(self, index: int, piece: Piece) -> list[BaseModel]:
+        logprobs = self._spellings[index].for_completion(piece.logprobs)
+        return [CompletionChoice(index=index, text=piece.text, finish_reason=None, logprobs=logprobs)]
 
     def end(self, index: int, answer: Written) -> list[BaseModel]:
-        return [CompletionChoice(index=index, text="", finish_reason=answer.finished)]
+        logprobs = self._spellings[index].for_completion(answer.untold)
+        return [CompletionChoice(index=index, text="", finish_reason=answer.finished, logprobs=logprobs)]
 
     def begin(self) -> list[BaseModel]:
         return []
@@ -101,11 +118,16 @@ class _ChatEvents:
 
     shape = ChatCompletionChunk
 
-    def piece(self, index: int, text: str) -> list[BaseModel]:
-        return [ChatDelta(index=index, delta=Delta(content=text))]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._spelling = Spelling(tokenizer)
+
+    def piece(self, index: int, piece: Piece) -> list[BaseModel]:
+        logprobs = self._spelling.for_chat(piece.logprobs)
+        return [ChatDelta(index=index, delta=Delta(content=piece.text), logprobs=logprobs)]
 
     def end(self, index: int, answer: Written) -> list[BaseModel]:
-        return [ChatDelta(index=index, delta=Delta(), finish_reason=answer.finished)]
+        logprobs = self._spelling.for_chat(answer.untold)
+        return [ChatDelta(index=index, delta=Delta(), finish_reason=answer.finished, logprobs=logprobs)]
 
     def begin(self) -> list[BaseModel]:
         return [ChatDelta(index=0, delta=Delta(role="assistant", content=""))]
@@ -143,7 +165,7 @@ class _Asked:
                 body.options(),
                 max_new_tokens=max_tokens,
                 most_new_tokens=most,
-                on_text=functools.partial(_tell, loop, self._queue, number) if body.stream else None,
+                on_piece=functools.partial(_tell, loop, self._queue, number) if body.stream else None,
             )
             for number, context in enumerate(contexts)
         ]
@@ -177,7 +199,7 @@ class _Asked:
             event: Event | None = first
             while event is not None:
                 index, what = event
-                if isinstance(what, str):
+                if isinstance(what, Piece):
                     yield self._line(shapes, shapes.piece(index, what))
                 else:
                     answers.append(what)
@@ -197,5 +219,5 @@ class _Asked:
         return f"data: {chunk.model_dump_json()}\n\n"
 
 
-def _tell(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Heard], number: int, text: str) -> None:
-    hand_over(loop, queue, (number, text))
+def _tell(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Heard], number: int, piece: Piece) -> None:
+    hand_over(loop, queue, (number, piece))

@@ -1,0 +1,81 @@
+"""The engine in an event loop: the same answers, one at a time, and none for those who no longer wait."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+from serving import soft_prompts, tiny_backbone
+
+from ptune import Engine
+from ptune.errors import DataError
+from ptune.generation import GenerationOptions
+
+TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果"]
+
+
+@pytest.fixture
+def engine() -> Any:
+    backbone = tiny_backbone()
+    with Engine(backbone) as engine:
+        for name, prompt in soft_prompts(backbone).items():
+            engine.add(name, prompt)
+        yield engine
+
+
+def test_what_is_awaited_is_what_the_engine_says(engine: Engine) -> None:
+    records = [{"text": text} for text in TEXTS]
+    expected = [engine.predict("mood", records), *(engine.generate("answer", text) for text in TEXTS)]
+    threads, pieces = set(), []
+    engine.backbone.model.register_forward_pre_hook(lambda *_: threads.add(threading.current_thread().name))
+
+    async def ask() -> list[Any]:
+        loop = threading.current_thread()
+
+        def hear(piece: str) -> None:
+            assert threading.current_thread() is loop
+            pieces.append(piece)
+
+        writing = [engine.agenerate("answer", text, on_text=hear if text is TEXTS[0] else None) for text in TEXTS]
+        return await asyncio.gather(engine.apredict("mood", records), *writing)
+
+    assert asyncio.run(ask()) == expected
+    assert "".join(pieces) == expected[1].text
+    assert len(threads) == 1
+    assert threading.current_thread().name not in threads
+
+
+def test_a_task_that_is_cancelled_ends_at_the_next_token_or_never_begins(engine: Engine) -> None:
+    engine.classify("mood", TEXTS)  # what is tried or read but once
+    forwards: list[int] = []
+    begun = threading.Event()
+
+    def hook(*_: Any) -> None:
+        forwards.append(1)
+        begun.set()
+        time.sleep(0.01)
+
+    engine.backbone.model.register_forward_pre_hook(hook)
+
+    async def ask() -> None:
+        long = asyncio.create_task(engine.agenerate("answer", TEXTS[0], GenerationOptions(max_new_tokens=200)))
+        waiting = asyncio.create_task(engine.apredict("mood", [{"text": TEXTS[0]}]))
+        await asyncio.to_thread(begun.wait, 20)
+        for task in (long, waiting):
+            task.cancel()
+        for task in (long, waiting):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        so_far = len(forwards)
+        await engine.apredict("mood", [{"text": TEXTS[1]}])  # waits for its turn
+        assert len(forwards) <= so_far + 4
+
+    asyncio.run(ask())
+
+
+def test_a_mistake_comes_to_the_one_who_waits(engine: Engine) -> None:
+    with pytest.raises(DataError, match="the bare model continues a text"):
+        asyncio.run(engine.agenerate(None, {"text": "a"}))
