@@ -92,7 +92,7 @@ def run_question(question: str, name: str, backbone: Backbone, cells: Cells, opt
     """Compute what is missing of a question on a task."""
     limits = {"train": options.train_limit, "dev": options.dev_limit, "test": 1}
     task = task_of(name, options.data, limits, options.max_length)
-    base = Trial(options.steps, RATE, evaluations=3)
+    base = Trial(options.steps, RATE)
     cells.begin(name, task.settings() | {"model": backbone.identity(), "steps": base.steps, "rate": base.rate})
     if question == "voting":
         cells.get(name, f"voting of {options.seeds}", partial(voting, task, base, backbone, options.seeds))
@@ -151,11 +151,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=64, help="text tokens of a record")
-    parser.add_argument("--train-limit", type=int, default=800, help="most records of train")
-    parser.add_argument("--dev-limit", type=int, default=300, help="most records of dev")
+    parser.add_argument("--train-limit", type=int, default=500, help="most records of train")
+    parser.add_argument("--dev-limit", type=int, default=200, help="most records of dev")
     parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
     return parser.parse_args(arguments)
 

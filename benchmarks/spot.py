@@ -29,7 +29,7 @@ from ptune.task_config import ClassificationConfig
 PAIRS = (("trec", "clinc150"), ("shopping_zh", "waimai_zh"), ("imdb", "sst2"))
 """Source and target; not mr and sst2, whose sentences come from one source."""
 
-STEPS = (20, 100)
+STEPS = (15, 60)
 RATE = 5e-3  # ptune's default
 OUTPUT = Path("benchmarks/results/spot.json")
 WAYS = {"scratch": "from scratch", "prompt": "from the source's prompt"}
@@ -67,7 +67,7 @@ def run_pair(source: str, target: str, backbone: Backbone, cells: Cells, options
 
         def learn(steps: int, way: str, seed: int) -> dict[str, Any]:
             start = {"start": {"method": "prompt", "prompt": str(prompt)}} if way == "prompt" else {}
-            return tune(tasks[1], Trial(steps, RATE, seed, evaluations=2, prompt=start), backbone)[0].cell()
+            return tune(tasks[1], Trial(steps, RATE, seed, prompt=start), backbone)[0].cell()
 
         for steps in STEPS:
             for seed in range(options.seeds):
@@ -96,10 +96,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="mini", help="mini, a folder or a Hub name")
     parser.add_argument("--pairs", nargs="+", choices=[target for _, target in PAIRS], help="by their targets")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--source-steps", type=int, default=150)
+    parser.add_argument("--source-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=64, help="text tokens of a record")
-    for part, most in {"train": 800, "dev": 150, "test": 600}.items():
+    for part, most in {"train": 500, "dev": 100, "test": 400}.items():
         parser.add_argument(f"--{part}-limit", type=int, default=most, help=f"most records of {part}")
     parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
     return parser.parse_args(arguments)

@@ -147,10 +147,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbones", nargs="+", default=["mini"], help="mini, NAME=FOLDER or a Hub name")
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2, help="runs of each tuned column")
-    parser.add_argument("--max-length", type=int, default=96, help="text tokens of a record")
-    for part, most in {"train": 800, "dev": 150, "test": 400}.items():
+    parser.add_argument("--max-length", type=int, default=64, help="text tokens of a record")
+    for part, most in {"train": 500, "dev": 100, "test": 300}.items():
         parser.add_argument(f"--{part}-limit", type=int, default=most, help=f"most records of {part}")
     parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
     return parser.parse_args(arguments)

@@ -101,7 +101,7 @@ class Trial:
     steps: int
     rate: float
     seed: int = 0
-    evaluations: int = 4
+    evaluations: int = 2
     prompt: Mapping[str, Any] = field(default_factory=dict)
     template: str | None = None
 

@@ -64,6 +64,9 @@ class Learner(ABC):
     def tokenizer(self, trained: Tokenizer) -> PreTrainedTokenizerFast:
         """The corpus's tokenizer as this kind of model wants it."""
 
+    def trim(self, length: int) -> None:  # noqa: B027
+        """Leave out what rows of `length` tokens never trained; nothing unless a kind says otherwise."""
+
     def _begin_as_identities(self, endings: tuple[str, ...]) -> None:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -172,6 +175,13 @@ class Masked(Learner):
             states = trunk(input_ids=ids.scatter(1, hidden, self._mask_id)).last_hidden_state  # [R, T, H]
             logits = self.model.cls(states[torch.arange(rows)[:, None], hidden])
         return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def trim(self, length: int) -> None:
+        """Leave out the positions behind `length`, which are noise: a longer text is refused instead."""
+        embeddings = self.model.bert.embeddings
+        learnt = embeddings.position_embeddings.weight[:length].detach().clone()
+        embeddings.position_embeddings = nn.Embedding.from_pretrained(learnt)
+        self.model.config.max_position_embeddings = length
 
     def tokenizer(self, trained: Tokenizer) -> PreTrainedTokenizerFast:
         """With `<s>` before a text, `</s>` behind it, and `<mask>`."""

@@ -210,6 +210,7 @@ def resumed(output: Path, start: Progress) -> Pretraining:
 
 def export(pretraining: Pretraining, folder: Path) -> None:
     """Write the model in bfloat16 and its tokenizer as transformers loads them."""
+    pretraining.learner.trim(ROW_LENGTH)
     model = pretraining.learner.model.to(torch.bfloat16)
     tokenizer = pretraining.learner.tokenizer(pretraining.trained_tokenizer)
 

@@ -94,11 +94,13 @@ def test_ptune_loads_it_as_a_masked_backbone_and_tunes_it(
     for name, parameter in learner.model.named_parameters():
         if name.endswith(".output.dense.weight"):  # zero in a new model, so that no word reads another
             torch.nn.init.normal_(parameter, std=0.05)
+    learner.trim(320)
     learner.model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     learner.tokenizer(trained).save_pretrained(tmp_path / "model")
     assert sum(path.stat().st_size for path in (tmp_path / "model").iterdir()) < 24 * 2**20
     backbone = Backbone.load(str(tmp_path / "model"))
     assert backbone.kind is MASKED
+    assert backbone.context_limit == 320
     records = [
         Record({"text": text, "label": label}, f"line {number}")
         for number, (text, label) in enumerate([("warm and funny", "positive"), ("dull and long", "negative")] * 4)
@@ -125,3 +127,27 @@ def test_ptune_loads_it_as_a_masked_backbone_and_tunes_it(
     ]
     assert row.ids[-1] == tokenizer.sep_token_id
     assert list(row.read_at) == [3]
+
+
+def test_a_masked_model_is_measured_by_what_was_hidden_from_it(
+    kinds: ModuleType, trained: Tokenizer, tmp_path: Path
+) -> None:
+    import probe
+
+    torch.manual_seed(0)
+    learner = kinds.Masked(trained)
+    learner.model.save_pretrained(tmp_path)
+    learner.tokenizer(trained).save_pretrained(tmp_path)
+    measured = probe.Measured.load(str(tmp_path))
+    (window,) = measured.windows("A warm, funny film about nothing much.")
+    tokenizer = measured.tokenizer
+    assert (window[0], window[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    found = measured.hidden_perplexity([tokenizer.decode(window[1:-1])])
+    shown = torch.tensor([window])
+    places = list(range(3, len(window) - 1, 7))
+    shown[0, places] = tokenizer.mask_token_id
+    with torch.no_grad():
+        logits = measured.model(input_ids=shown).logits[0, places]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(window)[places])
+    assert found == {"perplexity": pytest.approx(math.exp(expected.item()), rel=1e-4), "tokens": len(places)}
+    assert measured.features(["one", "two words"]).shape == (2, 640)
