@@ -63,7 +63,9 @@ def variants(question: str, task: str, base: Trial) -> dict[str, Trial]:
         return default | {name: replace(base, template=template) for name, template in places.items()}
     if question == "deep":
         deep = replace(base, template=DEEP_TEMPLATE, prompt={"deep": True})
-        return default | {f"deep, {rate:g}": replace(deep, rate=rate) for rate in (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)}
+        return default | {
+            f"deep, {rate:g}": replace(deep, rate=rate) for rate in (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+        }
     return default
 
 
@@ -121,27 +123,32 @@ def markdown(content: Mapping[str, Any]) -> str:
     stored = {name: entry["cells"] for name, entry in content["tasks"].items()}
     pieces = []
     for question, title in QUESTIONS.items():
-        lines = []
-        for line in variants(question, NAMES[0], Trial(1, RATE)):
-            columns = [percent(of_seeds(stored.get(name, {}), _stored(question, line), "dev")) for name in NAMES]
-            if any(columns):
-                lines.append([line, *columns])
+        table = {
+            line: [of_seeds(stored.get(name, {}), _stored(question, line), "dev") for name in NAMES]
+            for line in variants(question, NAMES[0], Trial(1, RATE))
+        }
         if question == "voting":
-            lines += _votes(stored)
-        if len(lines) > 1:
-            pieces.append(f"**{title}**\n\n{markdown_table([['', *NAMES], *lines])}")
+            table |= _votes(stored)
+        asked = [any(values[at] for line, values in table.items() if line != "default") for at in range(len(NAMES))]
+        lines = [
+            [line, *(percent(value) for value, kept in zip(values, asked, strict=True) if kept)]
+            for line, values in table.items()
+            if any(values)
+        ]
+        if any(asked):
+            head = ["", *(name for name, kept in zip(NAMES, asked, strict=True) if kept)]
+            pieces.append(f"**{title}**\n\n{markdown_table([head, *lines])}")
     return "\n\n".join(pieces)
 
 
-def _votes(stored: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[list[str]]:
-    names = dict.fromkeys(name for cells in stored.values() for name in cells if name.startswith("voting of "))
-    return [
-        [
-            name.removeprefix("voting of ") + " averaged",
-            *(percent([stored[task][name]["dev"]] if name in stored.get(task, {}) else []) for task in NAMES),
+def _votes(stored: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, list[list[float]]]:
+    found = dict.fromkeys(name for cells in stored.values() for name in cells if name.startswith("voting of "))
+    return {
+        f"{name.removeprefix('voting of ')} averaged": [
+            [stored[task][name]["dev"]] if name in stored.get(task, {}) else [] for task in NAMES
         ]
-        for name in names
-    ]
+        for name in found
+    }
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
