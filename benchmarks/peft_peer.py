@@ -72,11 +72,17 @@ class PeftPeer:
         return loss.item()
 
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor, *, positions: Tensor, columns: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        positions: Tensor,
+        columns: Tensor | None = None,
+        labels: None = None,
     ) -> Tensor:
         """Return the logits ``[N, V]`` after the tokens at ``positions`` ([B, T] bool), the virtual tokens in front.
 
-        Those of ``columns`` ([C] int64) alone where they are given.
+        Those of ``columns`` ([C] int64) alone where they are given. ``labels`` are none: the loss is `loss`.
         """
         self.model.eval()
         device = self.backbone.device

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 VOCABULARY_SIZE = 8192
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
+MASK, NO_TEXT_HAS = "<mask>", chr(0xC0)  # how a byte-level vocabulary writes the byte 0xC0
 HELD_OUT_EVERY, HELD_OUT_PLACE = 100, 7  # of the books, which have no dev part, one passage in a hundred is held out
 POEM_LENGTH = 300  # characters; a few poems are very long, and none is to weigh more than a review
 
@@ -168,6 +169,24 @@ def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     own = Tokenizer.from_str(tokenizer.to_str())
     own.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, BOS)])
     return PreTrainedTokenizerFast(tokenizer_object=own, pad_token=pad, bos_token=bos, eos_token=eos)
+
+
+def mask_id(tokenizer: Tokenizer) -> int:
+    """The token that hides another: that of the byte 0xC0, which no UTF-8 text holds, so that it stands for nothing."""
+    return tokenizer.token_to_id(NO_TEXT_HAS)
+
+
+def with_mask(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer of a masked model: the same ids for every text, between `<s>` and `</s>`; one token is `<mask>`."""
+    pad, bos, eos = SPECIAL_TOKENS
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"][MASK] = content["model"]["vocab"].pop(NO_TEXT_HAS)
+    own = Tokenizer.from_str(json.dumps(content))
+    own.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}", pair=f"{bos} $A {eos} $B {eos}", special_tokens=[(bos, BOS), (eos, EOS)]
+    )
+    names = {"pad_token": pad, "bos_token": bos, "cls_token": bos, "eos_token": eos, "sep_token": eos}
+    return PreTrainedTokenizerFast(tokenizer_object=own, mask_token=MASK, **names)
 
 
 def prepare(data: Path, folder: Path, seed: int) -> None:

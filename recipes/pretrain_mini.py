@@ -1,15 +1,16 @@
-"""Pretrain `ptune-mini`, from the text to the folder that ptune ships.
+"""Pretrain `ptune-mini`, from the text to the folder that ptune ships, or `mini-mlm`, its masked sibling.
 
     torchrun --nproc-per-node 2 recipes/pretrain_mini.py --data DIR --output DIR      two processes, one thread each
     python recipes/pretrain_mini.py --data DIR --output DIR                           one process
+    python recipes/pretrain_mini.py --kind masked --data DIR --output DIR             mini-mlm
 
 `--data` holds a folder per source (see `corpus.py`). `--output` gets `corpus/` (tokenizer and streams of tokens),
 `checkpoint-STEP/` (the newest only), `training.jsonl` (losses) and at the end `model/`. Started again with the same
 options, a stopped training goes on from its checkpoint, and a finished one does nothing.
 
-Three things make the little time count. The first four of the seven layers learn alone, at half the cost; the others
-join later as identities, for their output projections are zero until then. The matrices learn by Muon. And the rates
-fall to zero while the text is of the kind that the model is for, after the mixed text was learned at full rates.
+Three things make the little time count. The first half of the layers learn alone, at half the cost; the others join
+later, adding nothing at first. The matrices learn by Muon. And the rates fall to zero while the text is of the kind
+that the model is for, after the mixed text was learned at full rates.
 """
 
 from __future__ import annotations
@@ -22,19 +23,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from corpus import BOS, EOS, PAD, VOCABULARY_SIZE, as_transformers, prepare, training_rows
+from corpus import prepare, training_rows
+from kinds import learner
 from muon import Muon
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptune.errors import ConfigError, PtuneError, TrainingError
 from ptune.files import (
@@ -49,40 +49,12 @@ from ptune.files import (
 
 ROW_LENGTH = 320  # tokens
 ROWS_PER_STEP = 32  # of all processes together
-FIRST_LAYERS = 4
 ALL_LAYERS_FROM = 0.40  # of the steps
 REVIEW_FROM = 0.55  # of the steps: the review stream begins, and the rates begin to fall
 MUON_RATE, MUON_WEIGHT_DECAY = 0.02, 0.02
 ADAM_RATE, ADAM_BETAS = 3e-3, (0.9, 0.95)
 WARM_UP_STEPS = 100
 SAVE_EVERY, REPORT_EVERY = 100, 10  # steps
-
-
-def new_model() -> LlamaForCausalLM:
-    """The model in float32; every layer begins as an identity."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=320,
-        intermediate_size=864,
-        num_hidden_layers=7,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        head_dim=64,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        # Compiled, plain attention is faster here than the fused kernel of the processor.
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.zero_()
-    return model
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -95,10 +67,16 @@ def rate_factor(step: int, steps: int) -> float:
 class Progress:
     """How far a training is; with the seed and the steps it fixes everything that is still to come."""
 
+    kind: str
     seed: int
     steps: int
     step: int = 0
     seconds: float = 0.0
+
+    @property
+    def options(self) -> str:
+        """What it was asked for, as on the command line."""
+        return f"--kind {self.kind} --seed {self.seed} --steps {self.steps}"
 
 
 class Pretraining:
@@ -108,9 +86,9 @@ class Pretraining:
         torch.manual_seed(progress.seed)
         self.corpus = corpus
         self.progress = progress
-        self.model = new_model()
-        self.layers = list(self.model.model.layers)
-        named = dict(self.model.named_parameters())
+        self.trained_tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+        self.learner = learner(progress.kind, self.trained_tokenizer)
+        named = dict(self.learner.model.named_parameters())
         self.matrices = {name: each for name, each in named.items() if each.ndim == 2 and "embed" not in name}
         self.others = {name: each for name, each in named.items() if name not in self.matrices}
         self.muon = Muon(list(self.matrices.values()), MUON_WEIGHT_DECAY)
@@ -142,9 +120,9 @@ class Pretraining:
             self._enter_phase(step)
             loss = self._step(step)
             seconds = time.monotonic() - started
-            self.progress = Progress(self.progress.seed, self.progress.steps, step + 1, seconds)
+            self.progress = replace(self.progress, step=step + 1, seconds=seconds)
             yield self.progress, loss
-        self._use_layers(len(self.layers))
+        self.learner.use_layers(len(self.learner.layers))
 
     def _enter_phase(self, step: int) -> None:
         """At its first step and wherever the schedule says, choose the layers and the stream of this step."""
@@ -154,21 +132,18 @@ class Pretraining:
             return
         self._phase = phase
         all_layers, review = phase
-        self._use_layers(len(self.layers) if all_layers else FIRST_LAYERS)
+        self.learner.use_layers(len(self.learner.layers) if all_layers else self.learner.first_layers)
         torch.compiler.reset()
-        self._trunk = torch.compile(self.model.model)
+        self._trunk = torch.compile(self.learner.trunk)
         tokens = np.load(self.corpus / ("review.npy" if review else "train.npy"))
         since = math.ceil(REVIEW_FROM * steps) if review else 0  # the step at which this stream began
         rows = training_rows(tokens, ROW_LENGTH, seed + (100 if review else 1))
         self._rows = islice(rows, (step - since) * ROWS_PER_STEP, None)
 
-    def _use_layers(self, count: int) -> None:
-        self.model.model.layers = torch.nn.ModuleList(self.layers[:count])
-        self.model.config.num_hidden_layers = count
-
     def _step(self, step: int) -> float:
         rows = np.stack(list(islice(self._rows, ROWS_PER_STEP)))[dist.get_rank() :: dist.get_world_size()]
-        loss = self._loss(torch.from_numpy(rows.astype(np.int64)))
+        rng = np.random.default_rng([self.progress.seed, step, dist.get_rank()])
+        loss = self.learner.loss(self._trunk, torch.from_numpy(rows.astype(np.int64)), rng)
         loss.backward()
         self._share_gradients()
         torch.nn.utils.clip_grad_norm_(self.others.values(), 1.0)
@@ -177,14 +152,8 @@ class Pretraining:
             group["lr"] = ADAM_RATE * factor
         self.muon.step(MUON_RATE * factor, momentum=min(0.95, 0.85 + 0.1 * step / 300))
         self.adam.step()
-        self.model.zero_grad()
+        self.learner.model.zero_grad()
         return loss.item()
-
-    def _loss(self, ids: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            logits = linear(hidden, self.model.lm_head.weight)
-        return cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
     def _share_gradients(self) -> None:
         """Average the gradients over the processes, in one message; layers that have not joined yet count as zero."""
@@ -219,21 +188,20 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(output.glob("checkpoint-*"))
 
 
-def resumed(output: Path, seed: int, steps: int) -> Pretraining:
-    """The training where it was left, or at its beginning.
+def resumed(output: Path, start: Progress) -> Pretraining:
+    """The training where it was left, or at its `start`.
 
     Raises:
-        ConfigError: the checkpoint is of another seed or of another number of steps.
+        ConfigError: the checkpoint is of another kind, seed or number of steps.
         TrainingError: the checkpoint cannot be read.
     """
     found = checkpoints(output)
     if not found:
-        return Pretraining(output / "corpus", Progress(seed, steps))
+        return Pretraining(output / "corpus", start)
     progress = Progress(**read_json(found[-1] / "progress.json", TrainingError))
-    if (progress.seed, progress.steps) != (seed, steps):
+    if progress.options != start.options:
         raise ConfigError(
-            f"{found[-1]} is of --seed {progress.seed} --steps {progress.steps}, not of --seed {seed} --steps {steps}; "
-            "give its options or another --output"
+            f"{found[-1]} is of {progress.options}, not of {start.options}; give its options or another --output"
         )
     pretraining = Pretraining(output / "corpus", progress)
     pretraining.load(read_tensors(found[-1] / "state.safetensors", TrainingError))
@@ -242,8 +210,9 @@ def resumed(output: Path, seed: int, steps: int) -> Pretraining:
 
 def export(pretraining: Pretraining, folder: Path) -> None:
     """Write the model in bfloat16 and its tokenizer as transformers loads them."""
-    model = pretraining.model.to(torch.bfloat16)
-    tokenizer = as_transformers(Tokenizer.from_file(str(pretraining.corpus / "tokenizer.json")))
+    pretraining.learner.trim(ROW_LENGTH)
+    model = pretraining.learner.model.to(torch.bfloat16)
+    tokenizer = pretraining.learner.tokenizer(pretraining.trained_tokenizer)
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
@@ -252,21 +221,21 @@ def export(pretraining: Pretraining, folder: Path) -> None:
     write_atomically(folder, write)
 
 
-def pretrain(data: Path, output: Path, seed: int, steps: int) -> None:
+def pretrain(data: Path, output: Path, start: Progress) -> None:
     """Train in this process, which may be one of several; the first of them writes the files."""
     first = dist.get_rank() == 0
     if first:
         remove_leftovers(output)
     if first and not (output / "corpus").exists():
         print(f"reading {data}", flush=True)
-        write_atomically(output / "corpus", lambda folder: prepare(data, folder, seed))
+        write_atomically(output / "corpus", lambda folder: prepare(data, folder, start.seed))
     dist.barrier()
-    pretraining = resumed(output, seed, steps)
+    pretraining = resumed(output, start)
     dist.barrier()  # no process may still be reading the checkpoint that the first replaces
     for progress, loss in pretraining.run():
         if first and progress.step % REPORT_EVERY == 0:
             report(output / "training.jsonl", progress, loss)
-        if first and (progress.step % SAVE_EVERY == 0 or progress.step == steps):
+        if first and (progress.step % SAVE_EVERY == 0 or progress.step == start.steps):
             save_checkpoint(output, pretraining)
     if first:
         export(pretraining, output / "model")
@@ -285,6 +254,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder per source")
     parser.add_argument("--output", type=Path, required=True, help="folder for the corpus, checkpoints and model")
+    parser.add_argument("--kind", choices=("causal", "masked"), default="causal")
     parser.add_argument("--steps", type=int, default=2400, help="of 10,240 tokens each")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -300,7 +270,7 @@ def main() -> int:
         parser.error(f"{ROWS_PER_STEP} rows a step cannot be shared evenly by {dist.get_world_size()} processes")
     try:
         with folder_lock(options.output) if dist.get_rank() == 0 else nullcontext():
-            pretrain(options.data, options.output, options.seed, options.steps)
+            pretrain(options.data, options.output, Progress(options.kind, options.seed, options.steps))
     except PtuneError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

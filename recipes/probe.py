@@ -4,6 +4,7 @@
 
 MODEL is `mini`, a folder or a Hub name; `--data` holds the sets that `corpus.py` reads. Perplexity is over every token
 of the held-out texts, read in windows that each begin with `<s>`; bits per byte compare models of different tokenizers.
+A masked model has neither: its perplexity is over the tokens that were hidden from it, every seventh, all at once.
 
 A probe is a logistic regression on two means over the tokens of a text, of the middle layer's hidden states and of the
 last layer's; the last token's state added nothing to them. Its strength is chosen on dev, its accuracy counted on test.
@@ -31,15 +32,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune.backbone import MINI
+from ptune.families import MASKED, kind_of
 from ptune.files import write_json
 
 PROBED = ("sst2", "imdb", "shopping_zh", "trec")
 STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # values of scikit-learn's C, the smallest the most regularised
 LENGTH = 320  # tokens, as the rows that mini was trained on
 BATCH_SIZE = 16
+HIDDEN_EVERY = 7  # tokens; about the 15% that BERT hid
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,30 @@ class Measured:
     def load(cls, name: str) -> Measured:
         """The model in float32; `name` is `mini`, a folder or a Hub name."""
         source = str(MINI) if name == "mini" else name
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        auto_class = kind_of(AutoConfig.from_pretrained(source)).auto_class
+        model = auto_class.from_pretrained(source, dtype=torch.float32).eval()
         return cls(model, AutoTokenizer.from_pretrained(source))
 
+    @property
+    def masked(self) -> bool:
+        """Whether it fills masked places instead of continuing."""
+        return kind_of(self.model.config) is MASKED
+
     def windows(self, text: str) -> list[list[int]]:
-        """All tokens of a text, `LENGTH` at most in a window with the `<s>` that each begins with."""
+        """All tokens of a text, `LENGTH` at most in a window with the `<s>` that each begins with.
+
+        A masked model's window ends with the `</s>` that it knows behind a text.
+        """
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [[self.first_id, *ids[at : at + LENGTH - 1]] for at in range(0, len(ids), LENGTH - 1)]
+        last = [self.tokenizer.sep_token_id] if self.masked else []
+        room = LENGTH - 1 - len(last)
+        return [[self.first_id, *ids[at : at + room], *last] for at in range(0, len(ids), room)]
 
     @property
     def first_id(self) -> int:
         """`<s>`, or what a model without one begins with."""
-        first = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if first is None else first
+        known = (self.tokenizer.cls_token_id if self.masked else None, self.tokenizer.bos_token_id)
+        return next((first for first in known if first is not None), self.tokenizer.eos_token_id)
 
     def batches(self, windows: Sequence[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Windows of similar length together: their places, ids [B, T] and mask [B, T]."""
@@ -90,6 +104,21 @@ class Measured:
             tokens += int(mask[:, 1:].sum())
         size = sum(len(text.encode()) for text in texts)
         return {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / size, "tokens": tokens}
+
+    @torch.inference_mode()
+    def hidden_perplexity(self, texts: Sequence[str]) -> dict[str, float]:
+        """Perplexity of a masked model over every seventh token, those hidden, and over how many."""
+        nats, tokens = 0.0, 0
+        for _, ids, mask in self.batches([window for text in texts for window in self.windows(text)]):
+            hidden = torch.zeros_like(mask, dtype=torch.bool)
+            hidden[:, HIDDEN_EVERY // 2 :: HIDDEN_EVERY] = True
+            inside = mask.sum(1, keepdim=True) - 1  # the place of </s>
+            hidden &= torch.arange(ids.shape[1]) < inside
+            shown = ids.masked_fill(hidden, self.tokenizer.mask_token_id)
+            logits = self.model(input_ids=shown, attention_mask=mask).logits[hidden]
+            nats += cross_entropy(logits, ids[hidden], reduction="sum").item()
+            tokens += int(hidden.sum())
+        return {"perplexity": math.exp(nats / tokens), "tokens": tokens}
 
     @torch.inference_mode()
     def features(self, texts: Sequence[str]) -> np.ndarray:
@@ -135,7 +164,8 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     """What was measured, for a terminal."""
     text = Table("held-out text", "perplexity", "bits per byte", "tokens", title=result["model"])
     for name, row in result["text"].items():
-        text.add_row(name, f"{row['perplexity']:.1f}", f"{row['bits_per_byte']:.3f}", f"{row['tokens']:,}")
+        bits = f"{row['bits_per_byte']:.3f}" if "bits_per_byte" in row else "-"
+        text.add_row(name, f"{row['perplexity']:.1f}", bits, f"{row['tokens']:,}")
     yield text
     probes = Table("linear probe", "test accuracy", "dev accuracy", "C", "train texts")
     for name, row in result["probes"].items():
@@ -158,9 +188,10 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     measured = Measured.load(options.model)
     held_out = held_out_texts(options.data, options.held_out)
+    perplexity = measured.hidden_perplexity if measured.masked else measured.perplexity
     result = {
         "model": options.model,
-        "text": {name: measured.perplexity(found) for name, found in held_out.items()},
+        "text": {name: perplexity(found) for name, found in held_out.items()},
         "probes": {name: probe(measured, options.data, name, options.train_limit) for name in options.probes},
     }
     for table in tables(result):

@@ -1,0 +1,164 @@
+"""A short run of ptune or of PEFT on one task, as the tables of tasks, of starts and of settings need it.
+
+Knows nothing of tables. Records of each part are drawn once, with one fixed seed, so all runs of a task see the same.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ptune.backbone import Backbone
+from ptune.config import RunConfig, TrainingConfig
+from ptune.config_file import load_config
+from ptune.data import Record, draw, load_records
+from ptune.engine import Engine
+from ptune.settings import Settings
+from ptune.soft_prompt import SoftPrompt
+from ptune.task_config import ClassificationConfig
+from ptune.tasks import Task, task_for
+from ptune.template import Template
+from ptune.training import train
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PARTS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class TrialTask:
+    """A task, its template and its records.
+
+    Attributes:
+        name: of its folder in the data.
+        config: what is asked.
+        template: with virtual tokens.
+        max_length: text tokens; the rest of a text is cut away.
+        records: of train, dev and test.
+        batch_size: records of a step.
+    """
+
+    name: str
+    config: Settings
+    template: str
+    max_length: int
+    records: Mapping[str, list[Record]]
+    batch_size: int
+
+    @classmethod
+    def of_example(
+        cls, example: str, data: Path, limits: Mapping[str, int], max_length: int, folder: str | None = None
+    ) -> TrialTask:
+        """The task of a config in `examples/`, scored by accuracy; its data lie in ``folder``, or one of its own name.
+
+        Raises:
+            DataError: the folder holds no such task, or a file cannot be read.
+        """
+        config = load_config(EXAMPLES / f"{example}.yaml")
+        task: Settings = config.task
+        if isinstance(task, ClassificationConfig):
+            task = task.model_copy(update={"metric": "accuracy"})
+        name = folder or example
+        records = sample(data / name, limits, config.data.fields)
+        return cls(name, task, config.prompt.template, max_length, records, min(16, config.training.batch_size))
+
+    def bare(self, backbone: Backbone, template: str | None = None) -> Task:
+        """The task without virtual tokens; with a template of its own where one is given."""
+        words = Template.parse(template or self.template).without_virtual_tokens()
+        return task_for(backbone, self.config, words, max_length=self.max_length)
+
+    def settings(self) -> dict[str, Any]:
+        """What two runs must share for their results to stand in one table."""
+        return {
+            "task": self.config.model_dump(mode="json"),
+            "template": self.template,
+            "max_length": self.max_length,
+            "batch_size": self.batch_size,
+            "records": {part: len(records) for part, records in self.records.items()},
+        }
+
+
+def sample(folder: Path, limits: Mapping[str, int], fields: Mapping[str, str] | None = None) -> dict[str, list[Record]]:
+    """Return up to so many records of each part."""
+    return {part: draw(load_records(folder, split=part, fields=fields), limits[part]) for part in PARTS}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How one run is made.
+
+    Attributes:
+        steps: of the optimizer.
+        rate: the highest learning rate.
+        seed: of the start and of the order of records.
+        evaluations: how often dev is scored; the best of them is kept.
+        prompt: settings beside the template: encoder, start, deep.
+        template: in place of the task's own.
+    """
+
+    steps: int
+    rate: float
+    seed: int = 0
+    evaluations: int = 2
+    prompt: Mapping[str, Any] = field(default_factory=dict)
+    template: str | None = None
+
+    def training(self, batch_size: int) -> TrainingConfig:
+        """The settings of the run's training."""
+        return TrainingConfig(
+            max_steps=self.steps,
+            batch_size=batch_size,
+            learning_rate=self.rate,
+            evaluations=max(1, min(self.evaluations, self.steps)),
+            samples=0,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a run gave: accuracy on dev of the best checkpoint, after which step, and how to ask test."""
+
+    dev: float
+    best_step: int
+    test: Callable[[], float]
+
+    def cell(self) -> dict[str, Any]:
+        """The results as they are stored, test among them."""
+        return {"test": self.test(), "dev": self.dev, "best_step": self.best_step}
+
+
+def tune(task: TrialTask, trial: Trial, backbone: Backbone, folder: Path | None = None) -> tuple[Tuned, SoftPrompt]:
+    """Train a soft prompt, and keep it in ``folder`` where one is given."""
+    with tempfile.TemporaryDirectory() as temporary:
+        config = RunConfig.model_validate(
+            {
+                "task": task.config,
+                "prompt": {"template": trial.template or task.template, "max_length": task.max_length, **trial.prompt},
+                "training": trial.training(task.batch_size),
+                "output": folder or Path(temporary) / "prompt",
+            }
+        )
+        records = (task.records["train"], task.records["dev"])
+        prompt = train(config, backbone=backbone, records=records, overwrite=folder is not None)
+    after, best_step = prompt.summary["after"], prompt.summary["best_step"]
+    return Tuned(after["accuracy"], best_step, lambda: accuracy_on(task, "test", [prompt], backbone)), prompt
+
+
+def accuracy_on(task: TrialTask, part: str, prompts: Sequence[SoftPrompt], backbone: Backbone) -> float:
+    """Return the accuracy of a soft prompt, or of several whose probabilities are averaged, on dev or test."""
+    records = task.records[part]
+    with Engine(backbone) as engine:
+        answers = []
+        for number, prompt in enumerate(prompts):
+            engine.add(str(number), prompt)
+            answers.append(engine.predict(str(number), records, batch_size=32))
+    bare = task.bare(backbone)
+    right = 0
+    for record, given in zip(records, zip(*answers, strict=True), strict=True):
+        names = list(given[0]["probabilities"])
+        total = {name: sum(answer["probabilities"][name] for answer in given) for name in names}
+        right += max(names, key=lambda name: total[name]) == bare.names(record)[bare.target(record)]
+    return right / len(records)
