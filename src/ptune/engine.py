@@ -327,21 +327,15 @@ class Engine:
         Cancelled, it ends at the next token.
         """
         loop = asyncio.get_running_loop()
-
-        def tell(text: str) -> None:
-            if on_text is not None:
-                loop.call_soon_threadsafe(on_text, text)
-
-        return await self._thread.run(
-            lambda wanted: self._generate(name, record, options, tell if on_text else None, wanted)
-        )
+        tell = None if on_text is None else lambda text: loop.call_soon_threadsafe(on_text, text)
+        return await self._thread.run(lambda wanted: self._generate(name, record, options, tell, wanted))
 
     def _generate(
         self,
         name: str | None,
         record: Mapping[str, Any] | str,
         options: GenerationOptions | None,
-        on_text: Callable[[str], None] | None,
+        on_text: Callable[[str], object] | None,
         wanted: Callable[[], bool],
     ) -> Generated:
         with self._using(*([] if name is None else [name])) as held:
