@@ -335,7 +335,7 @@ class Engine:
         name: str | None,
         record: Mapping[str, Any] | str,
         options: GenerationOptions | None,
-        on_text: Callable[[str], object] | None,
+        on_text: Callable[[str], Any] | None,
         wanted: Callable[[], bool],
     ) -> Generated:
         with self._using(*([] if name is None else [name])) as held:
