@@ -165,10 +165,10 @@ class _Search:
         best.learner.use_best()
         assessed = assess_dev(best.learner.parts, batch_size=2 * self.config.training.batch_size)
         prompt = best.learner.soft_prompt(assessed and assessed[0].temperature)
-        prompt.save(self.folder.path)
         if assessed is not None:
             self.folder.assessed(assessed[0].values())
             self.reporter.assessed(*assessed)
+        prompt.save(self.folder.path)  # last: where it stands, everything does
         self.reporter.finished(prompt, best.learner.progress, compare_with_bare_model(best.learner.parts))
         self.reporter.ranked(self.table(best))
         return prompt

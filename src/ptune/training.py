@@ -216,11 +216,11 @@ class _Run:
         self.learner.use_best()  # there is an evaluation before the first step
         assessed = assess_dev(self.parts, batch_size=2 * self.settings.batch_size)
         prompt = self.learner.soft_prompt(assessed and assessed[0].temperature)
-        if self.accelerator.is_main_process:
-            prompt.save(self.folder.path)
         if assessed is not None:
             self.folder.assessed(assessed[0].values())
             self.reporter.assessed(*assessed)
+        if self.accelerator.is_main_process:
+            prompt.save(self.folder.path)  # last: where it stands, everything does
         self.accelerator.wait_for_everyone()
         if self.settings.trackers:
             self.accelerator.end_training()
