@@ -469,6 +469,13 @@ def test_columns_beside_a_conversation_are_kept(tmp_path: Path) -> None:
     assert load_records(path) == [{"conversations": turns, **filled}]
 
 
+@pytest.mark.parametrize("system", [[], [{"from": "system", "value": "s"}]])
+def test_a_greeting_before_any_question_is_left_out(tmp_path: Path, system: list[dict[str, str]]) -> None:
+    turns = [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (record,) = load_records(write(tmp_path / "a.jsonl", json_lines([{"conversations": [*system, *turns]}])))
+    assert (record["instruction"], record["output"], record.history) == ("q", "a", ())
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
@@ -478,8 +485,9 @@ def test_columns_beside_a_conversation_are_kept(tmp_path: Path) -> None:
         ),
         ([("human", "q")], "has no answer: .* and found human; complete the record or remove it"),
         ([("system", "s"), ("human", "q")], "has no answer: .* and found system, human; complete"),
+        ([("gpt", "a"), ("human", "q")], "has no answer: .* and found human; complete the record or remove it"),
         (
-            [("gpt", "a"), ("human", "q")],
+            [("gpt", "a"), ("gpt", "b"), ("human", "q")],
             "turn 1: expected a turn of human or user at the beginning and found gpt; remove",
         ),
         ([("human", "q"), ("human", "r")], "turn 2: expected .* behind a question and found human; join the two, or"),

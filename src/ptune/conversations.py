@@ -1,8 +1,9 @@
 """A conversation as records hold it, ShareGPT's turns or OpenAI's messages -> exchanges of question and answer.
 
 A conversation is one system message at most, and turns of user and assistant by turns, the user's first. One that ends
-with a question has no answer to learn there; it is what a prediction answers. Everything else is refused: what a row of
-another order would teach is nothing that generation ever asks.
+with a question has no answer to learn there; it is what a prediction answers. What an assistant says before anybody has
+asked, a greeting, is left out. Everything else is refused: what a row of another order would teach is nothing that
+generation ever asks.
 
 Knows nothing of files, templates, tokenizers or models.
 """
@@ -64,6 +65,9 @@ def read_conversation(turns: Any, column: str, location: str) -> Conversation | 
     said = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
     if said and all(role is None for role, _ in said):
         return None  # objects, but no turns of a conversation
+    greeting = next((number for number, (role, _) in enumerate(said) if role not in SYSTEMS), 0)
+    if said and said[greeting][0] in ASSISTANTS:
+        del said[greeting]
     _check_turns(said, column, location)
     system = said[0][1] if said and said[0][0] in SYSTEMS else None
     spoken = [text for _, text in (said if system is None else said[1:])]
