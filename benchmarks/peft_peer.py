@@ -79,11 +79,14 @@ class PeftPeer:
         positions: Tensor,
         columns: Tensor | None = None,
         labels: None = None,
+        states: bool = False,
     ) -> Tensor:
         """Return the logits ``[N, V]`` after the tokens at ``positions`` ([B, T] bool), the virtual tokens in front.
 
         Those of ``columns`` ([C] int64) alone where they are given. ``labels`` are none: the loss is `loss`.
+        Hidden states are never asked for: PEFT has no linear head beside its prompt.
         """
+        assert not states
         self.model.eval()
         device = self.backbone.device
         logits = self.model(
