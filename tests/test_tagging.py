@@ -28,7 +28,7 @@ from ptune.engine import Engine
 from ptune.errors import ConfigError, DataError, MissingExtraError, PtuneError, SoftPromptError, TemplateError
 from ptune.task_config import TaggingConfig
 from ptune.tasks import Tagging, task_for
-from ptune.tasks.tag_spans import Span, plain_tag, spans_of
+from ptune.tasks.spans import Span, plain_tag, spans_of
 from ptune.template import Template
 from ptune.training import train
 from ptune.words import spelled_out, split_text, tokenised_words
@@ -54,7 +54,7 @@ def tagging(family: str = "gpt2", template: str = "[P*4]{tokens}", **config: Any
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_every_scheme_gives_the_same_entities_as_seqeval(name: str) -> None:
     scheme, tags = SCHEMES[name]
-    assert spans_of(tags) == [Span("ORG", 0, 1), Span("MISC", 2, 3), Span("ORG", 5, 8)]
+    assert spans_of(tags) == [Span(0, 1, "ORG"), Span(2, 3, "MISC"), Span(5, 8, "ORG")]
     strict = [tag.replace("M-ORG", "I-ORG") for tag in tags]
     expected = [(e.start, e.end, e.tag) for e in Entities([strict], scheme).entities[0]]
     assert [(span.start, span.end, span.type) for span in spans_of(tags)] == expected
@@ -71,7 +71,7 @@ def test_any_sequence_of_tags_gives_seqevals_entities(letters: str) -> None:
 
 
 def test_tags_without_types_make_words() -> None:
-    assert spans_of(["B", "M", "E", "S", "B", "E"]) == [Span("", 0, 3), Span("", 3, 4), Span("", 4, 6)]
+    assert spans_of(["B", "M", "E", "S", "B", "E"]) == [Span(0, 3, ""), Span(3, 4, ""), Span(4, 6, "")]
 
 
 def test_words_are_joined_as_their_language_does() -> None:

@@ -1,4 +1,8 @@
-"""Tags to spans: BIO, BIOES and BMES read alike. Pure functions; knows no tasks and no models."""
+"""Tags to spans: BIO, IOB1, BIOES, BMES and BILOU read alike, as seqeval's default has it.
+
+A span begins at B or S, where the type changes, and at any other letter behind O or behind a span's end; it ends after
+E or S, and before what begins anew. M is BMES's I; L and U are BILOU's E and S. Knows no tasks and no models.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Literal
 
 Scheme = Literal["BIO", "BIOES", "BMES"]
 
-_PLACES = {"B": "first", "I": "inside", "M": "inside", "E": "last", "S": "only"}
+_ALIKE = {"M": "I", "L": "E", "U": "S"}
 
 
 @dataclass(frozen=True, order=True)
@@ -18,7 +22,7 @@ class Span:
     Attributes:
         start: of its first.
         end: behind its last.
-        type: what it is.
+        type: what it is; empty where tags have no types.
     """
 
     start: int
@@ -32,7 +36,7 @@ def scheme_of(tags: Iterable[str]) -> Scheme:
     Raises:
         ValueError: a tag is of none of them.
     """
-    marks = {tag.partition("-")[0] for tag in tags if _place(tag)}
+    marks = {tag[0] for tag in tags if plain_tag(tag) != "O"}
     if "M" in marks or ("I" not in marks and marks & {"E", "S"}):
         if "I" in marks:
             raise ValueError("tags M- and I- both occur, of BMES and BIOES; write them in one scheme")
@@ -43,31 +47,31 @@ def scheme_of(tags: Iterable[str]) -> Scheme:
 def spans_of(tags: Sequence[str]) -> list[Span]:
     """Return the spans that tags mean, in order.
 
-    A span goes on as long as its type does; one that begins inside (``I-`` behind ``O``) is a span all the same.
-
     Raises:
         ValueError: a tag is of none of the schemes.
     """
     spans: list[Span] = []
-    start, kind = 0, ""
-    for number, tag in enumerate([*tags, "O"]):
-        place, own = _place(tag), tag.partition("-")[2]
-        if kind and (place in ("", "first", "only") or own != kind):
-            spans.append(Span(start, number, kind))
-            kind = ""
-        if place and not kind:
-            start, kind = number, own
-        if place in ("last", "only"):
-            spans.append(Span(start, number + 1, kind))
-            kind = ""
+    open_span = False
+    for place, tag in enumerate(map(plain_tag, tags)):
+        letter, _, kind = tag.partition("-")
+        if letter == "O":
+            open_span = False
+            continue
+        if letter in "BS" or not open_span or spans[-1].type != kind:
+            spans.append(Span(place, place, kind))
+        spans[-1] = Span(spans[-1].start, place + 1, kind)
+        open_span = letter not in "ES"
     return spans
 
 
-def _place(tag: str) -> str:
-    """Return where in a span a tag stands; nothing for ``O``."""
-    if tag == "O":
-        return ""
-    mark, dash, kind = tag.partition("-")
-    if mark not in _PLACES or not dash or not kind:
+def plain_tag(tag: str) -> str:
+    """Return a tag in the letters B, I, E, S and O.
+
+    Raises:
+        ValueError: it is of none of the schemes.
+    """
+    letter, dash, kind = tag.partition("-")
+    letter = _ALIKE.get(letter, letter)
+    if letter not in ("B", "I", "E", "S", "O") or bool(dash) != bool(kind) or (letter == "O" and dash):
         raise ValueError(f'the tag "{tag}" is of none of the schemes BIO, BIOES and BMES, as B-PER, I-PER, E-PER or O')
-    return _PLACES[mark]
+    return letter + dash + kind

@@ -28,7 +28,7 @@ from ptune.rendering import Renderer
 from ptune.settings import label_text
 from ptune.task_config import TAG, TaggingConfig, scheme_mistake
 from ptune.tasks.reading import ReadingTask, in_batches
-from ptune.tasks.tag_spans import plain_tag, spans_of
+from ptune.tasks.spans import plain_tag, spans_of
 from ptune.tasks.task import Asked, Example, answer_value
 from ptune.template import Field, Virtual
 from ptune.words import spelled_out, split_text, tokenised_words
