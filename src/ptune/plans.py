@@ -244,7 +244,11 @@ class Plans:
         return self._in_groups(run_group, attention_mask, positions)
 
     def _in_groups(
-        self, run_group: Callable[[Tensor, int], Tensor], attention_mask: Tensor, positions: Tensor
+        self,
+        run_group: Callable[[Tensor, int], Tensor],
+        attention_mask: Tensor,
+        positions: Tensor,
+        kept: Tensor | int = 0,
     ) -> Tensor:
         """Return the outputs ``[N, ...]`` of all rows, run in groups of similar length where that saves padding.
 
@@ -252,11 +256,12 @@ class Plans:
             run_group: runs the rows of these numbers, ``[G]`` int64, up to a place, and returns their outputs in order.
             attention_mask: ``[B, T]`` int64.
             positions: ``[B, T]`` bool.
+            kept: how many tokens of each row are not run again, ``[B]`` int64.
         """
         mask = attention_mask.bool()
         ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1)  # [B]
         alone = self._device().type != "cpu" or not bool(mask.any(-1).all()) or bool((positions & ~mask).any())
-        groups = [list(range(len(mask)))] if alone else length_groups(ends.tolist(), _COST_OF_A_PASS)
+        groups = [list(range(len(mask)))] if alone else length_groups((ends - kept).tolist(), _COST_OF_A_PASS)
         if len(groups) == 1:
             return run_group(torch.arange(len(mask), device=mask.device), mask.shape[1])
         counts = positions.sum(-1).tolist()
@@ -355,7 +360,7 @@ class Plans:
             chosen = positions[rows].gather(-1, places) & within
             return run(input_ids[rows].gather(-1, places), mask, chosen, new_cache(past, len(rows)))[0]
 
-        return self._in_groups(run_group, attention_mask, positions)
+        return self._in_groups(run_group, attention_mask, positions, lengths)
 
     def _missing(self, contexts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Return the contexts that are not kept, each once, longest first."""
