@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ptune.errors import ConfigError
+from ptune.errors import ConfigError, PtuneError
 from ptune.files import read_json, write_json
 
 
@@ -61,3 +61,25 @@ class Cells:
             write_json(self.path, self.content)
             print(f"{task} {name}: {json.dumps(cells[name])[:200]}", file=sys.stderr, flush=True)
         return cells[name]
+
+
+def tell(output: Path, compute: Callable[[Cells], None] | None, markdown: Callable[[Mapping[str, Any]], str]) -> int:
+    """Compute what is missing, print the tables of what is stored, and return the exit status.
+
+    Args:
+        output: the file of results.
+        compute: fills them; None to compute nothing.
+        markdown: of all that is stored.
+    """
+    try:
+        cells = Cells(output)
+        if compute is not None:
+            compute(cells)
+    except PtuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    print(markdown(cells.content))
+    return 0

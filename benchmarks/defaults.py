@@ -18,13 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cells
+from cells import Cells, tell
 from quality_tasks import TASKS
 from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, accuracy_on, tune
 
 from ptune.backbone import Backbone
-from ptune.errors import PtuneError
 from ptune.task_config import ClassificationConfig
 
 NAMES = ("sst2", "trec", "shopping_zh")
@@ -170,21 +169,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark, or print what is stored; return the exit status."""
     options = _options(arguments)
-    try:
-        cells = Cells(options.output)
-        if not options.markdown:
-            backbone = Backbone.load(options.model)
-            for question in options.questions:
-                for name in options.tasks:
-                    run_question(question, name, backbone, cells, options)
-    except PtuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    print(markdown(cells.content))
-    return 0
+
+    def compute(cells: Cells) -> None:
+        backbone = Backbone.load(options.model)
+        for question in options.questions:
+            for name in options.tasks:
+                run_question(question, name, backbone, cells, options)
+
+    return tell(options.output, None if options.markdown else compute, markdown)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cells
+from cells import Cells, tell
 from quality_tasks import TASKS
 from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, sample, tune
 
 from ptune.backbone import Backbone
-from ptune.errors import PtuneError
 from ptune.task_config import ClassificationConfig
 
 PAIRS = (("trec", "clinc150"), ("shopping_zh", "waimai_zh"), ("imdb", "sst2"))
@@ -108,21 +107,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark, or print what is stored; return the exit status."""
     options = _options(arguments)
-    try:
-        cells = Cells(options.output)
-        if not options.markdown:
-            backbone = Backbone.load(options.model)
-            for source, target in PAIRS:
-                if options.pairs is None or target in options.pairs:
-                    run_pair(source, target, backbone, cells, options)
-    except PtuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    print(markdown(cells.content))
-    return 0
+
+    def compute(cells: Cells) -> None:
+        backbone = Backbone.load(options.model)
+        for source, target in PAIRS:
+            if options.pairs is None or target in options.pairs:
+                run_pair(source, target, backbone, cells, options)
+
+    return tell(options.output, None if options.markdown else compute, markdown)
 
 
 if __name__ == "__main__":

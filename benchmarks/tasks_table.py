@@ -17,14 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cells
+from cells import Cells, tell
 from peft_peer import PeftPeer, accuracy, train_peer
 from quality_tasks import TASKS as QUALITY_TASKS
 from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, Tuned, tune
 
 from ptune.backbone import Backbone
-from ptune.errors import PtuneError
 from ptune.families import CAUSAL
 from ptune.task_config import ClassificationConfig
 from ptune.template import Template
@@ -159,23 +158,16 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark, or print what is stored; return the exit status."""
     options = _options(arguments)
-    try:
-        cells = Cells(options.output)
-        if not options.markdown:
-            for named in options.backbones:
-                where, _, folder = named.rpartition("=")
-                backbone = Backbone.load(folder)
-                cells.content.setdefault("backbones", {})[where or folder] = backbone.kind.name
-                for name in options.tasks:
-                    TableRow(name, where or folder, backbone, cells, options).run()
-    except PtuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    print(markdown(cells.content))
-    return 0
+
+    def compute(cells: Cells) -> None:
+        for named in options.backbones:
+            where, _, folder = named.rpartition("=")
+            backbone = Backbone.load(folder)
+            cells.content.setdefault("backbones", {})[where or folder] = backbone.kind.name
+            for name in options.tasks:
+                TableRow(name, where or folder, backbone, cells, options).run()
+
+    return tell(options.output, None if options.markdown else compute, markdown)
 
 
 if __name__ == "__main__":
