@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ptune.cli.overrides import run_overrides
 from ptune.errors import ConfigError
 
 _COLOURS = {"virtual": "black on cyan", "answer": "black on green", "special": "magenta", "text": ""}
@@ -40,14 +41,11 @@ def inspect(
 
 
 def _inspect_data(config: Path | None, rest: list[str], model: str | None, data: str | None, count: int) -> None:
-    from ptune.config_file import load_config, parse_overrides
+    from ptune.config_file import load_config
 
     if config is None:
         raise ConfigError("ptune inspect data needs a config file: ptune inspect data CONFIG.yaml")
-    overrides = parse_overrides(rest)
-    overrides |= {"model.name": model} if model is not None else {}
-    overrides |= {"data.train": data, "data.dev": None} if data is not None else {}
-    settings = load_config(config, overrides)
+    settings = load_config(config, run_overrides(rest, model=model, data=data))
 
     from ptune.cli.quiet import quiet
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ptune.cli.overrides import run_overrides
+
 
 def search(
     context: typer.Context,
@@ -39,15 +41,8 @@ def search(
     """
     from ptune.candidates import load_search, parse_vary
     from ptune.cli.quiet import quiet
-    from ptune.config_file import parse_overrides
 
-    overrides = parse_overrides(context.args)
-    if model is not None:
-        overrides["model.name"] = model
-    if data is not None:
-        overrides |= {"data.train": data, "data.dev": None}
-    if output is not None:
-        overrides["output"] = str(output)
+    overrides = run_overrides(context.args, model=model, data=data, output=output)
     given: dict[str, Any] = {"sample": sample, "halvings": halvings, "limit": limit}
     given = {name: value for name, value in given.items() if value is not None}
     run, settings = load_search(config, overrides, given | {"vary": parse_vary(vary or [])})

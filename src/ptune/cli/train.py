@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ptune.cli.overrides import run_overrides
 from ptune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,18 +43,12 @@ def train(
     unique, `--learning-rate 0.003`; docs/configuration.md lists them all.
     """
     from ptune.cli.quiet import quiet
-    from ptune.config_file import load_config, parse_overrides
+    from ptune.config_file import load_config
 
     files = [config]
     while context.args and not context.args[0].startswith("--"):
         files.append(Path(context.args.pop(0)))
-    overrides = parse_overrides(context.args)
-    if model is not None:
-        overrides["model.name"] = model
-    if data is not None:
-        overrides |= {"data.train": data, "data.dev": None}
-    if output is not None:
-        overrides["output"] = str(output)
+    overrides = run_overrides(context.args, model=model, data=data, output=output)
     if from_prompt is not None:
         overrides["prompt.start"] = {"method": "prompt", "prompt": from_prompt}
     settings = [load_config(file, overrides) for file in files]

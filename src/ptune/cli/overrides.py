@@ -1,0 +1,32 @@
+"""What the command line says of a run's settings, for every command that reads a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def run_overrides(
+    arguments: list[str], *, model: str | None = None, data: str | None = None, output: Path | None = None
+) -> dict[str, Any]:
+    """Return settings by their paths; each goes before the file's.
+
+    Args:
+        arguments: settings by name, as typer leaves them over.
+        model: folder, Hub name or ``mini``.
+        data: the training data; the file's dev part is not for it.
+        output: folder of the soft prompt.
+
+    Raises:
+        ConfigError: as `parse_overrides`.
+    """
+    from ptune.config_file import parse_overrides
+
+    overrides = parse_overrides(arguments)
+    if model is not None:
+        overrides["model.name"] = model
+    if data is not None:
+        overrides |= {"data.train": data, "data.dev": None}
+    if output is not None:
+        overrides["output"] = str(output)
+    return overrides
