@@ -33,9 +33,6 @@ from ptune.template import SYSTEM, Template
 _EXAMPLES_FOR_SCALE = 8
 """How many training examples show how large hidden states are."""
 
-_EXAMPLES_FOR_SCALE = 8
-"""How many training examples show how large hidden states are."""
-
 
 @dataclass
 class Parts:
