@@ -55,12 +55,17 @@ class Cells:
         cells = self.cells(task)
         if name not in cells:
             begun = time.perf_counter()
-            cells[name] = compute() | {"wall_seconds": round(time.perf_counter() - begun, 2)}
-            self.computed += 1
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.content)
-            print(f"{task} {name}: {json.dumps(cells[name])[:200]}", file=sys.stderr, flush=True)
+            result = compute()
+            self.put(task, name, result | {"wall_seconds": round(time.perf_counter() - begun, 2)})
         return cells[name]
+
+    def put(self, task: str, name: str, result: dict[str, Any]) -> None:
+        """Store a result."""
+        self.cells(task)[name] = result
+        self.computed += 1
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.content)
+        print(f"{task} {name}: {json.dumps(result)[:200]}", file=sys.stderr, flush=True)
 
 
 def tell(output: Path, compute: Callable[[Cells], None] | None, markdown: Callable[[Mapping[str, Any]], str]) -> int:

@@ -69,6 +69,22 @@ class TrialTask:
         words = Template.parse(template or self.template).without_virtual_tokens()
         return task_for(backbone, self.config, words, max_length=self.max_length)
 
+    @property
+    def train_and_dev(self) -> tuple[list[Record], list[Record]]:
+        """The records that a run reads."""
+        return self.records["train"], self.records["dev"]
+
+    def run(self, trial: Trial, output: Path) -> RunConfig:
+        """The settings of a run."""
+        return RunConfig.model_validate(
+            {
+                "task": self.config,
+                "prompt": {"template": trial.template or self.template, "max_length": self.max_length, **trial.prompt},
+                "training": trial.training(self.batch_size),
+                "output": output,
+            }
+        )
+
     def settings(self) -> dict[str, Any]:
         """What two runs must share for their results to stand in one table."""
         return {
@@ -99,7 +115,7 @@ class Trial:
     """
 
     steps: int
-    rate: float
+    rate: float = TrainingConfig().learning_rate
     seed: int = 0
     evaluations: int = 2
     prompt: Mapping[str, Any] = field(default_factory=dict)
@@ -133,16 +149,8 @@ class Tuned:
 def tune(task: TrialTask, trial: Trial, backbone: Backbone, folder: Path | None = None) -> tuple[Tuned, SoftPrompt]:
     """Train a soft prompt, and keep it in ``folder`` where one is given."""
     with tempfile.TemporaryDirectory() as temporary:
-        config = RunConfig.model_validate(
-            {
-                "task": task.config,
-                "prompt": {"template": trial.template or task.template, "max_length": task.max_length, **trial.prompt},
-                "training": trial.training(task.batch_size),
-                "output": folder or Path(temporary) / "prompt",
-            }
-        )
-        records = (task.records["train"], task.records["dev"])
-        prompt = train(config, backbone=backbone, records=records, overwrite=folder is not None)
+        config = task.run(trial, folder or Path(temporary) / "prompt")
+        prompt = train(config, backbone=backbone, records=task.train_and_dev, overwrite=folder is not None)
     after, best_step = prompt.summary["after"], prompt.summary["best_step"]
     return Tuned(after["accuracy"], best_step, lambda: accuracy_on(task, "test", [prompt], backbone)), prompt
 

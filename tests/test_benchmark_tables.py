@@ -63,7 +63,10 @@ def arguments(script: ModuleType, data: Path, models: dict[str, Path], output: P
             *["--model", models["llama"], "--pairs", "waimai_zh", "--source-steps", "2", "--test-limit", "8"],
             *TINY[2:],
         ],
-        "defaults": ["--model", models["llama"], "--questions", "deep", "voting", "--tasks", "sst2", *TINY],
+        "defaults": [
+            *["--model", models["llama"], "--questions", "schedule", "lead", "deep", "voting", "--tasks", "sst2"],
+            *TINY,
+        ],
     }[script.__name__]
     return [str(word) for word in ("--data", data, "--output", output, *given)]
 
@@ -101,8 +104,10 @@ def test_lines_come_out_and_a_second_call_computes_nothing(
             assert float(line[5]) == pytest.approx(started - scratch, abs=0.11)
     else:
         assert [line[0] for line in lines] == [
-            *["", "---", "default", *(f"deep, {rate}" for rate in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1))],
-            *["", "---", "default", "2 averaged"],
+            *["", "---", "default", "cosine", "constant"],
+            *["", "---", "default", *importlib.import_module("leads").NAMES],
+            *["", "---", "default", *(str(rate) for rate in script.DEEP_RATES)],
+            *["", "---", "default", "voting of 2"],
         ]
 
 
