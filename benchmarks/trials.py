@@ -135,7 +135,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a run gave: accuracy on dev of the best checkpoint, after which step, and how to ask test."""
+    """What a run gave: the metric on dev of the best checkpoint, after which step, and how to ask test."""
 
     dev: float
     best_step: int
@@ -152,7 +152,7 @@ def tune(task: TrialTask, trial: Trial, backbone: Backbone, folder: Path | None 
         config = task.run(trial, folder or Path(temporary) / "prompt")
         prompt = train(config, backbone=backbone, records=task.train_and_dev, overwrite=folder is not None)
     after, best_step = prompt.summary["after"], prompt.summary["best_step"]
-    return Tuned(after["accuracy"], best_step, lambda: accuracy_on(task, "test", [prompt], backbone)), prompt
+    return Tuned(after[prompt.summary["metric"]], best_step, lambda: accuracy_on(task, "test", [prompt], backbone)), prompt
 
 
 def accuracy_on(task: TrialTask, part: str, prompts: Sequence[SoftPrompt], backbone: Backbone) -> float:

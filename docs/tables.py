@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "quality.md", ROOT / "docs" / "recipes.md")
-SCRIPTS = ("tasks_table", "spot", "defaults")
+SCRIPTS = ("tasks_table", "spot", "defaults", "place")
 """Each in benchmarks/, with a `markdown` of the results of its own name."""
 
 
