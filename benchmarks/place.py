@@ -95,7 +95,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--max-length", type=int, default=64, help="text tokens of a record; twice that of instructions")
+    parser.add_argument("--max-length", type=int, default=64, help="text tokens; twice that of instructions")
     parser.add_argument("--train-limit", type=int, default=500, help="most records of train")
     parser.add_argument("--dev-limit", type=int, default=200, help="most records of dev")
     parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")

@@ -151,8 +151,9 @@ def tune(task: TrialTask, trial: Trial, backbone: Backbone, folder: Path | None 
     with tempfile.TemporaryDirectory() as temporary:
         config = task.run(trial, folder or Path(temporary) / "prompt")
         prompt = train(config, backbone=backbone, records=task.train_and_dev, overwrite=folder is not None)
-    after, best_step = prompt.summary["after"], prompt.summary["best_step"]
-    return Tuned(after[prompt.summary["metric"]], best_step, lambda: accuracy_on(task, "test", [prompt], backbone)), prompt
+    summary = prompt.summary
+    dev = summary["after"][summary["metric"]]
+    return Tuned(dev, summary["best_step"], lambda: accuracy_on(task, "test", [prompt], backbone)), prompt
 
 
 def accuracy_on(task: TrialTask, part: str, prompts: Sequence[SoftPrompt], backbone: Backbone) -> float:
