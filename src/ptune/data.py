@@ -202,9 +202,14 @@ def _map_fields(record: Record, fields: Mapping[str, str]) -> None:
 
 
 def _column(columns: Mapping[str, Any], name: str) -> Any:
-    """Return a column's value; ``a.b`` is the member b of an object in the column a, unless a column has that name."""
+    """Return a column's value.
+
+    Unless a column has that name, ``a.b`` is the member b of an object in the column a, and ``a.0`` a list's first.
+    """
     if name in columns:
         return columns[name]
     outer, dot, inner = name.partition(".")
     nested = columns.get(outer)
+    if isinstance(nested, list):
+        nested = {str(number): value for number, value in enumerate(nested)}
     return _column(nested, inner) if dot and isinstance(nested, Mapping) else _ABSENT
