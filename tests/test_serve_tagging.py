@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,6 +173,18 @@ def test_a_wrong_kind_or_input_is_one_sentence(
     assert re.search(message, error["message"]), error
     if param is not None:
         assert error["param"] == param
+
+
+def test_a_prompt_that_another_task_s_has_replaced_is_not_asked_as_the_old_one(tmp_path: Path) -> None:
+    backbone = tiny_backbone()
+    prompts = all_prompts(backbone)
+    prompts["tags"].save(tmp_path / "one")
+    with serving(backbone, tmp_path, watch_seconds=1000) as served:
+        shutil.rmtree(tmp_path / "one")
+        prompts["entities"].save(tmp_path / "one")
+        answer = served.http.post("/v1/tag", json={"model": "one", "input": TEXT})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_usable")
+        assert "is being replaced by one of another task; ask again" in answer.json()["error"]["message"]
 
 
 def test_a_process_tags_as_ptune_predict_does(folder: Path, tmp_path: Path) -> None:
