@@ -34,13 +34,13 @@ from typing import Any
 import numpy
 import torch
 import transformers
+from published import options, tell
 
 from ptune.backbone import Backbone
 from ptune.config import RunConfig, TrainingConfig
 from ptune.data import Record
 from ptune.engine import Engine
-from ptune.errors import DataError, PtuneError
-from ptune.files import write_json
+from ptune.errors import DataError
 from ptune.readers import read_records
 from ptune.training import train
 
@@ -202,30 +202,16 @@ def table(result: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", default="meta-llama/Llama-3.2-3B", help="folder or Hub name")
-    parser.add_argument("--data", type=Path, help="folder with metamathqa and gsm8k; the Hub where absent")
+    rate = TrainingConfig().learning_rate
+    defaults = {"model": "meta-llama/Llama-3.2-3B", "dtype": "bfloat16", "learning_rate": rate, "virtual_tokens": 20}
+    parser = options(__doc__, seed=0, **defaults)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=TrainingConfig().learning_rate)
-    parser.add_argument("--virtual-tokens", type=int, default=20)
     parser.add_argument("--deep", action="store_true", help="virtual tokens at every layer")
-    parser.add_argument("--dtype", default="bfloat16", help="of the frozen weights")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="only the first so many test questions")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="most of an answer")
     parser.add_argument("--answers-at-once", type=int, default=50)
-    parser.add_argument("--output", type=Path, help="folder for result.json and the soft prompt")
-    arguments = parser.parse_args(argv)
-    try:
-        result = run(arguments)
-        if arguments.output is not None:
-            write_json(arguments.output / "result.json", result)
-    except PtuneError as error:
-        print(f"metamathqa: {error}", file=sys.stderr)
-        return 2
-    print(table(result))
-    return 0
+    return tell("metamathqa", run, table, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@
     python benchmarks/ptuning_v2.py --model FOLDER --data FOLDER --tasks boolq --max-steps N        a local stand-in
 
 Prompt lengths, learning rates, batch sizes, epochs and lengths are those of THUDM/P-tuning-v2,
-run_script/run_*_roberta.sh, and the score is, as theirs, the best of one evaluation an epoch on the validation part.
+run_script/run_*_roberta.sh, and the score is, as theirs, the best of one evaluation an epoch on the validation part. Of
+CoNLL03 it is the F1 of entities on the test part, by the epoch that is best on the validation part.
 
 What is ptune's own, and so not theirs: an answer is read at a mask by label words (BoolQ, RTE) or by the choices' own
 words (COPA), where they train a head on the first token; the backbone has no dropout; each run is one seed.
 
-A local folder holds for each task a folder of train.jsonl and dev.jsonl, called fewglue_boolq or boolq. On the Hub the
-data is aps/super_glue.
+A local folder holds for each task a folder of train.jsonl and dev.jsonl, called fewglue_boolq or boolq, and
+conll2003, with test.jsonl. On the Hub the data is aps/super_glue, and tomaarsen/conll2003.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from published import options, tell
+
 from ptune.backbone import Backbone
 from ptune.config import RunConfig
 from ptune.data import Record, load_records
-from ptune.errors import DataError, PtuneError
-from ptune.files import write_json
+from ptune.engine import Engine
+from ptune.errors import DataError
 from ptune.training import train
 
 SOURCE = "Liu et al. 2022, P-Tuning v2, RoBERTa-large"
-NOT_RUN = {"conll03": 91.8}
-"""Of the published table, what ptune has no task for."""
+TAGS = ("O", *(f"{place}-{kind}" for kind in ("PER", "ORG", "LOC", "MISC") for place in "BI"))
+"""What the Hub's numbers stand for, in their order."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,19 @@ class Bar:
     """One task of the published table.
 
     Attributes:
-        published: accuracy in percent.
-        words: behind the virtual tokens; ends in the answer.
+        published: the score in percent.
+        words: behind the virtual tokens.
         task: its settings.
         virtual_tokens: at every layer.
         learning_rate: the published run's.
         batch_size: the published run's.
         epochs: the published run's.
         labels: what the Hub's numbers stand for; empty where numbers are the labels.
+        metric: the score's name.
+        max_length: tokens of text.
+        hub: the data set's name there; a part of SuperGLUE where absent.
+        folders: where it may lie in a local folder; called as in FewGLUE, or as the task, where absent.
+        test: whether the score is the test part's.
     """
 
     published: float
@@ -58,6 +66,11 @@ class Bar:
     batch_size: int
     epochs: int
     labels: tuple[str, ...] = ()
+    metric: str = "accuracy"
+    max_length: int = 128
+    hub: str | None = None
+    folders: tuple[str, ...] = ()
+    test: bool = False
 
 
 BARS = {
@@ -90,8 +103,22 @@ BARS = {
         16,
         120,
     ),
+    "conll03": Bar(
+        91.8,
+        "{tokens}",
+        {"type": "tagging", "tags": TAGS, "tag_names": dict(enumerate(TAGS))},
+        11,
+        3e-2,
+        16,
+        30,
+        metric="entity_f1",
+        max_length=152,
+        hub="tomaarsen/conll2003",
+        folders=("conll2003", "conll03"),
+        test=True,
+    ),
 }
-MOST_TOKENS, SEED = 128, 11
+SEED = 11
 
 
 def records_of(name: str, data: Path | None, split: str) -> list[Record]:
@@ -100,20 +127,23 @@ def records_of(name: str, data: Path | None, split: str) -> list[Record]:
     Raises:
         DataError: there are none.
     """
-    source = f"aps/super_glue:{name}"
+    bar = BARS[name]
+    source = bar.hub or f"aps/super_glue:{name}"
     if data is not None:
-        folders = [data / f"fewglue_{name}", data / name]
-        source = next((str(folder) for folder in folders if folder.is_dir()), "")
+        folders = bar.folders or (f"fewglue_{name}", name)
+        source = next((str(data / folder) for folder in folders if (data / folder).is_dir()), "")
         if not source:
             raise DataError(
-                f"expected a folder fewglue_{name} or {name} in {data} and found neither; name another --data"
+                f"expected a folder {' or '.join(folders)} in {data} and found neither; name another --data"
             )
     records = load_records(source, split=split)
-    labels = BARS[name].labels
+    labels = bar.labels
     for record in records:
         number = record.get("label")
         if labels and isinstance(number, int) and not isinstance(number, bool):
             record["label"] = labels[number]
+        if "ner_tags" in record:
+            record["tags"] = record["ner_tags"]
     return records
 
 
@@ -127,7 +157,7 @@ def config_of(name: str, arguments: argparse.Namespace, output: Path) -> RunConf
             "prompt": {
                 "template": f"[P*{arguments.virtual_tokens or bar.virtual_tokens}]{bar.words}",
                 "deep": True,
-                "max_length": MOST_TOKENS,
+                "max_length": bar.max_length,
             },
             "training": {
                 "epochs": bar.epochs,
@@ -145,61 +175,47 @@ def config_of(name: str, arguments: argparse.Namespace, output: Path) -> RunConf
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train each task's prompt on one loaded backbone and return the scores."""
-    data = {
-        name: tuple(records_of(name, arguments.data, split) for split in ("train", "dev")) for name in arguments.tasks
-    }
+    data = {}
+    for name in arguments.tasks:
+        splits = ("train", "dev", "test") if BARS[name].test else ("train", "dev")
+        data[name] = [records_of(name, arguments.data, split) for split in splits]
     backbone: Backbone | None = None
     scores: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.tasks:
             config = config_of(name, arguments, (arguments.output or Path(temporary)) / name)
             backbone = backbone or Backbone.load(config.model)
-            prompt = train(config, backbone=backbone, records=data[name], overwrite=True)
-            summary = prompt.summary
-            scores[name] = {"accuracy": summary["after"]["accuracy"]} | {
-                key: summary[key]
+            learnt, dev, *test = data[name]
+            prompt = train(config, backbone=backbone, records=(learnt, dev), overwrite=True)
+            metrics, scored = prompt.summary["after"], test[0] if test else dev
+            if test:
+                with Engine(backbone) as engine:
+                    engine.add(name, prompt)
+                    metrics = engine.evaluate(name, scored)
+            scores[name] = {BARS[name].metric: metrics[BARS[name].metric], "records": len(scored)} | {
+                key: prompt.summary[key]
                 for key in ("best_step", "steps", "seconds", "train_examples", "dev_records", "training")
             }
-    return {"model": arguments.model, "scores": scores, "published": published() | {"source": SOURCE}}
-
-
-def published() -> dict[str, float]:
-    """Return the published scores, in percent."""
-    return {name: bar.published for name, bar in BARS.items()} | NOT_RUN
+    published = {name: bar.published for name, bar in BARS.items()}
+    return {"model": arguments.model, "scores": scores, "published": published | {"source": SOURCE}}
 
 
 def table(result: Mapping[str, Any]) -> str:
     """Return the scores beside what is published, as Markdown."""
     lines = [f"| task | ptune, deep prompts, {result['model']} | published: {SOURCE} |", "| --- | --- | --- |"]
-    for name, bar in published().items():
+    for name, bar in BARS.items():
         score = result["scores"].get(name)
-        measured = f"{100 * score['accuracy']:.1f} on {score['dev_records']} records" if score else "not run"
-        lines.append(f"| {name} | {measured} | {bar:.1f} |")
+        measured = f"{100 * score[bar.metric]:.1f} on {score['records']} records" if score else "not run"
+        lines.append(f"| {name} | {measured} | {bar.published:.1f} |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", default="FacebookAI/roberta-large", help="folder or Hub name of a masked model")
-    parser.add_argument("--data", type=Path, help="folder of the tasks' folders; the Hub where absent")
+    parser = options(__doc__, model="FacebookAI/roberta-large", dtype="auto", seed=SEED)
     parser.add_argument("--tasks", nargs="+", choices=list(BARS), default=list(BARS))
     parser.add_argument("--max-steps", type=int, help="goes before the published epochs")
-    parser.add_argument("--virtual-tokens", type=int, help="goes before the published lengths")
-    parser.add_argument("--learning-rate", type=float, help="goes before the published rates")
-    parser.add_argument("--dtype", default="auto", help="of the frozen weights")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--output", type=Path, help="folder for result.json and the soft prompts")
-    arguments = parser.parse_args(argv)
-    try:
-        result = run(arguments)
-        if arguments.output is not None:
-            write_json(arguments.output / "result.json", result)
-    except PtuneError as error:
-        print(f"ptuning_v2: {error}", file=sys.stderr)
-        return 2
-    print(table(result))
-    return 0
+    return tell("ptuning_v2", run, table, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

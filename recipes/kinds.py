@@ -32,6 +32,17 @@ from transformers import (
 HIDDEN_SHARE = 0.3  # of a row's tokens; BERT hid half as many, and read a thousand times more text
 # Compiled, plain attention is faster here than the fused kernel of the processor.
 ATTENTION = "eager"
+_SHAPE = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 320,
+    "num_attention_heads": 5,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "attn_implementation": ATTENTION,
+}
 
 
 class Learner(ABC):
@@ -43,18 +54,33 @@ class Learner(ABC):
         first_layers: how many of them begin alone.
     """
 
-    model: PreTrainedModel
-    layers: list[nn.Module]
     first_layers: int
 
-    @property
-    @abstractmethod
-    def trunk(self) -> nn.Module:
-        """What makes hidden states; the part worth compiling."""
+    def __init__(self, model: PreTrainedModel, holder: nn.Module, name: str, endings: tuple[str, ...]) -> None:
+        """Take a new model, whose layers shall add nothing.
 
-    @abstractmethod
+        Args:
+            model: with random weights.
+            holder: the module of it that has the layers.
+            name: under which it has them.
+            endings: of the names of the layers' output projections.
+        """
+        self.model, self._holder, self._name = model, holder, name
+        self.layers: list[nn.Module] = list(getattr(holder, name))
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith(endings):
+                    parameter.zero_()
+
+    @property
+    def trunk(self) -> nn.Module:
+        """What makes hidden states, the model without its head; the part worth compiling."""
+        return self.model.base_model
+
     def use_layers(self, count: int) -> None:
         """Read with the first `count` layers."""
+        setattr(self._holder, self._name, nn.ModuleList(self.layers[:count]))
+        self.model.config.num_hidden_layers = count
 
     @abstractmethod
     def loss(self, trunk: Callable, ids: Tensor, rng: np.random.Generator) -> Tensor:
@@ -67,12 +93,6 @@ class Learner(ABC):
     def trim(self, length: int) -> None:  # noqa: B027
         """Leave out what rows of `length` tokens never trained; nothing unless a kind says otherwise."""
 
-    def _begin_as_identities(self, endings: tuple[str, ...]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name.endswith(endings):
-                    parameter.zero_()
-
 
 class Causal(Learner):
     """The Llama that ptune ships."""
@@ -80,36 +100,9 @@ class Causal(Learner):
     first_layers = 4
 
     def __init__(self) -> None:
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY_SIZE,
-                hidden_size=320,
-                intermediate_size=864,
-                num_hidden_layers=7,
-                num_attention_heads=5,
-                num_key_value_heads=5,
-                head_dim=64,
-                max_position_embeddings=512,
-                rms_norm_eps=1e-6,
-                tie_word_embeddings=True,
-                bos_token_id=BOS,
-                eos_token_id=EOS,
-                pad_token_id=PAD,
-                attn_implementation=ATTENTION,
-            )
-        )
-        self._begin_as_identities(("o_proj.weight", "down_proj.weight"))
-        self.layers = list(self.model.model.layers)
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The model without its output matrix."""
-        return self.model.model
-
-    def use_layers(self, count: int) -> None:
-        """Read with the first `count` layers."""
-        self.model.model.layers = nn.ModuleList(self.layers[:count])
-        self.model.config.num_hidden_layers = count
+        own = {"num_key_value_heads": 5, "head_dim": 64, "rms_norm_eps": 1e-6}
+        model = LlamaForCausalLM(LlamaConfig(**_SHAPE, **own, intermediate_size=864, num_hidden_layers=7))
+        super().__init__(model, model.model, "layers", ("o_proj.weight", "down_proj.weight"))
 
     def loss(self, trunk: Callable, ids: Tensor, rng: np.random.Generator) -> Tensor:
         """Every token of `ids` [R, T] but the first is predicted from those before it."""
@@ -130,36 +123,9 @@ class Masked(Learner):
 
     def __init__(self, trained: Tokenizer) -> None:
         self._mask_id = mask_id(trained)
-        self.model = BertForMaskedLM(
-            BertConfig(
-                vocab_size=VOCABULARY_SIZE,
-                hidden_size=320,
-                intermediate_size=1280,
-                num_hidden_layers=6,
-                num_attention_heads=5,
-                max_position_embeddings=512,
-                type_vocab_size=1,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-                tie_word_embeddings=True,
-                bos_token_id=BOS,
-                eos_token_id=EOS,
-                pad_token_id=PAD,
-                attn_implementation=ATTENTION,
-            )
-        )
-        self._begin_as_identities((".output.dense.weight",))
-        self.layers = list(self.model.bert.encoder.layer)
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The model without its head."""
-        return self.model.bert
-
-    def use_layers(self, count: int) -> None:
-        """Read with the first `count` layers."""
-        self.model.bert.encoder.layer = nn.ModuleList(self.layers[:count])
-        self.model.config.num_hidden_layers = count
+        own = {"type_vocab_size": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = BertForMaskedLM(BertConfig(**_SHAPE, **own, intermediate_size=1280, num_hidden_layers=6))
+        super().__init__(model, model.bert.encoder, "layer", (".output.dense.weight",))
 
     def loss(self, trunk: Callable, ids: Tensor, rng: np.random.Generator) -> Tensor:
         """Some tokens of `ids` [R, T], drawn by `rng`, are predicted from all that is not hidden.

@@ -19,10 +19,18 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.backbone import Backbone
 from ptune.engine import Engine
+from ptune.linear_head import LinearHead
 from ptune.serve.app import create_app
 from ptune.serve.settings import ServeSettings
 from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import ChoiceConfig, ClassificationConfig, GenerationConfig
+from ptune.task_config import (
+    ChoiceConfig,
+    ClassificationConfig,
+    ExtractionConfig,
+    GenerationConfig,
+    LinearClassificationConfig,
+    TaggingConfig,
+)
 
 
 def tiny_backbone() -> Backbone:
@@ -52,6 +60,34 @@ def soft_prompts(backbone: Backbone) -> dict[str, SoftPrompt]:
         "answer": answer,
         "brief": replace(answer, rows=rows(backbone, 3, 9), task=GenerationConfig(max_new_tokens=5)),
     }
+
+
+def soft_prompts_with_heads(backbone: Backbone) -> dict[str, SoftPrompt]:
+    """Return soft prompts that are read by a linear head, and such that write entities out, by name."""
+    mood, tags = soft_prompts(backbone)["mood"], ("B-FOOD", "I-FOOD", "B-FILM", "O")
+    labels = ("food", "film", "room", "door", "song")
+    linear = replace(mood, task=LinearClassificationConfig(labels=labels), head=_head(backbone, len(labels)))
+    entities = ExtractionConfig(types={"FOOD": "good", "FILM": "film"}, max_new_tokens=9)
+    of_text = replace(mood, template="[P*4]{text} {domain}\n{answer}", task=entities, overlong="cut")
+    return {
+        "topic": linear,
+        "topics": replace(linear, task=LinearClassificationConfig(labels=labels, multi_label=True)),
+        "tags": replace(
+            mood,
+            template="[P*4]{tokens}",
+            task=TaggingConfig(tags=tags),
+            head=_head(backbone, len(tags)),
+            max_length=40,
+            overlong="cut",
+        ),
+        "entities": replace(of_text, template="[P*4]{tokens}\n{answer}"),
+        "entities/of_text": of_text,
+    }
+
+
+def _head(backbone: Backbone, outputs: int) -> LinearHead:
+    states = torch.randn(8, backbone.hidden_size, generator=torch.Generator().manual_seed(5))
+    return LinearHead.new(outputs, states, seed=outputs)
 
 
 @dataclass

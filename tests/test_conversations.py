@@ -278,6 +278,64 @@ def test_a_conversation_that_ends_with_a_question_is_answered_and_not_learnt(tmp
     )
 
 
+def loaded(tmp_path: Path, *weights: Any) -> Record:
+    """Return the record of as many exchanges as weights, with each answer's weight; None for none."""
+    turns: list[dict[str, Any]] = [{"role": "system", "content": "Be kind."}]
+    for number, weight in enumerate(weights):
+        turns += [{"role": "user", "content": f"question {number}", "weight": None}]
+        turns += [{"role": "assistant", "content": f"answer {number}"} | ({} if weight is None else {"weight": weight})]
+    (tmp_path / "rows.jsonl").write_text("\n" + json.dumps({"messages": turns}) + "\n")
+    (record,) = load_records(str(tmp_path / "rows.jsonl"))
+    return record
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+def test_an_answer_of_weight_0_is_context_and_not_learnt(name: str, tmp_path: Path) -> None:
+    renderer = RENDERERS[name]
+    whole, record = loaded(tmp_path, None, 1, None), loaded(tmp_path, 0, 1, 0.0)
+    assert record["output"] == "answer 1"  # what follows the last that is learnt would change nothing
+    row, unweighted = renderer.row(record, record["output"]), renderer.row(whole, whole["output"])
+    assert row is not None
+    assert unweighted is not None
+    begin = renderer.context(record)
+    assert list(row.ids[: len(begin)]) == begin == list(unweighted.ids[: len(begin)])
+    assert set(row.labels[: len(begin)]) == {IGNORED}
+    assert row.labels[len(begin) :] == row.ids[len(begin) :]
+    learnt_twice = renderer.row(loaded(tmp_path, 1, 0, 1), "answer 2")
+    assert learnt_twice is not None
+    assert learnt_twice.ids == unweighted.ids
+    spoken = plain_ids(renderer.tokenizer, "answer 1")
+    labels = [label for label in unweighted.labels if label != IGNORED]
+    kept = [label for label in learnt_twice.labels if label != IGNORED]
+    assert len(labels) - len(kept) == len(spoken) + len(plain_ids(renderer.tokenizer, renderer.further.end))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((0.5,), r"rows.jsonl, line 2: messages, turn 3: expected a weight of 0 or 1 and found 0.5; write one of them"),
+        ((1, True), r"turn 5: expected a weight of 0 or 1 and found True"),
+        (("1",), r"turn 3: expected a weight of 0 or 1 and found '1'"),
+        (
+            (0, 0),
+            r"line 2: messages has nothing to learn: expected an assistant's turn of weight 1 and found 0 at each",
+        ),
+    ],
+)
+def test_weights_that_say_nothing_are_refused(weights: tuple[Any, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        loaded(tmp_path, *weights)
+
+
+def test_a_user_s_turn_is_never_learnt_whatever_its_weight(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "q", "weight": 1}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": turns}))
+    with pytest.raises(
+        DataError, match=r"turn 1: expected a weight of 1 at an assistant's turn and found it at one of h"
+    ):
+        load_records(str(tmp_path / "rows.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [

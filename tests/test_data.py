@@ -417,6 +417,16 @@ def test_fields_are_added_by_column_and_may_be_exchanged(tmp_path: Path) -> None
     assert load_records(path, fields=fields) == [{"prompt": "q", "instruction": "q", "a": 2, "b": 1}]
 
 
+def test_members_of_a_list_are_columns_by_number(tmp_path: Path) -> None:
+    row = {"candidates": ["Paris", {"text": "Rome"}], "candidates.2": "Bern"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    fields = {"first": "candidates.0", "second": "candidates.1.text", "third": "candidates.2"}
+    (record,) = load_records(str(tmp_path / "rows.jsonl"), fields=fields)
+    assert [record[name] for name in fields] == ["Paris", "Rome", "Bern"]
+    with pytest.raises(DataError, match=r"expected a column 'candidates.3' for the field 'a' and found candidates"):
+        load_records(str(tmp_path / "rows.jsonl"), fields={"a": "candidates.3"})
+
+
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"prompt": "q", "label": 1}\n{"label": 1}\n')
     assert fails(path, fields={"text": "promt"}) == (

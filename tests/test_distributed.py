@@ -47,18 +47,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"text": f"{words[n % 8]} {n} {'great' if n % 3 else 'terrible'}", "label": "positive" if n % 3 else "negative"}
         for n in range(38)
     ]
+    for row in rows:
+        row["tokens"] = row["text"].split()
+        row["tags"] = ["B-SIGN" if word in ("great", "terrible") else "O" for word in row["tokens"]]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:30]), encoding="utf-8")
     (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[30:]), encoding="utf-8")
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     return folder
 
 
-def config_of(folder: Path, output: Path, template: str, **training: Any) -> RunConfig:
+def config_of(
+    folder: Path, output: Path, template: str, task: dict[str, Any] = SETTINGS["task"], **training: Any
+) -> RunConfig:
     return RunConfig.model_validate(
         SETTINGS
         | {
             "model": str(folder / "model"),
             "data": {"train": str(folder / "train.jsonl"), "dev": str(folder / "dev.jsonl")},
+            "task": task,
             "prompt": {"template": template},
             "training": SETTINGS["training"] | training,
             "output": str(output),
@@ -88,6 +94,28 @@ def test_two_processes_train_the_prompt_of_one(folder: Path, tmp_path: Path, tem
     torch.testing.assert_close(both.rows, alone.rows, rtol=1e-4, atol=1e-5)
     log = (tmp_path / "two" / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(log) == len({json.loads(line)["step"] for line in log if "loss" in line})  # one of the two writes
+
+
+@pytest.mark.parametrize(
+    ("template", "task"),
+    [
+        ("{text}[P*4]{answer}", {"type": "linear_classification", "label_weights": {"negative": 2}}),
+        ("[P*4]{text}{answer}", {"type": "linear_classification", "multi_label": True}),
+        ("[P*4]{tokens}", {"type": "tagging"}),
+    ],
+)
+def test_two_processes_train_the_head_of_one(folder: Path, tmp_path: Path, template: str, task: dict[str, Any]) -> None:
+    config = config_of(folder, tmp_path / "two", template, task)
+    _, errors = (process := start(folder, config)).communicate(timeout=300)
+    assert process.returncode == 0, errors
+    alone = train(config_of(folder, tmp_path / "one", template, task, gradient_accumulation_steps=2))
+    both = SoftPrompt.load(tmp_path / "two")
+    assert alone.head is not None
+    assert both.head is not None
+    assert both.summary["best_step"] == alone.summary["best_step"] > 0
+    torch.testing.assert_close(both.rows, alone.rows, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both.head.weight, alone.head.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both.head.bias, alone.head.bias, rtol=1e-4, atol=1e-5)
 
 
 def test_a_stopped_run_of_two_processes_is_gone_on_with(folder: Path, tmp_path: Path) -> None:

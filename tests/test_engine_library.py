@@ -52,6 +52,17 @@ def test_a_prompt_of_the_folder_is_loaded_when_it_is_first_used(backbone: Backbo
             engine.classify("../" + tmp_path.name + "/team/p1", TEXTS)
 
 
+def test_a_prompt_whose_folder_is_replaced_is_read_anew_after_remove(backbone: Backbone, tmp_path: Path) -> None:
+    fill(tmp_path, backbone, 2)
+    with Engine(backbone, prompts=tmp_path) as engine:
+        before, other = (engine.classify(name, TEXTS) for name in ("p0", "p1"))
+        shutil.rmtree(tmp_path / "p0")
+        shutil.copytree(tmp_path / "p1", tmp_path / "p0")
+        assert engine.classify("p0", TEXTS) == before != other
+        engine.remove("p0")
+        assert engine.classify("p0", TEXTS) == other
+
+
 def test_prompts_over_the_budget_are_forgotten_and_come_back_at_other_ids(backbone: Backbone, tmp_path: Path) -> None:
     fill(tmp_path, backbone, 4)
     each = 2 * 4 * 32 * 4

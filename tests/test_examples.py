@@ -35,6 +35,7 @@ DATA_SETS = {
 }
 """Folders of the data sets of examples that are not called as theirs."""
 
+LANGUAGES = ["English", "French", "German", "Italian", "Spanish", "Russian"]
 QUESTION = "数学考试有哪些技巧？"
 
 
@@ -45,6 +46,18 @@ def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("bloom").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def ptune(*arguments: object) -> str:
+    """Return what a command prints that runs through."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ptune", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_there_are_examples_and_the_tutorials_job_is_among_them() -> None:
@@ -71,9 +84,51 @@ def test_no_two_examples_write_into_one_folder() -> None:
     assert len(set(outputs)) == len(outputs)
 
 
+def write_facts(folder: Path) -> None:
+    """Write facts of LAMA's shape, with the candidates that one of its examples asks for."""
+    for split, count in (("train", 24), ("dev", 12), ("test", 12)):
+        rows = []
+        for number in range(count):
+            subject, spoken = f"Speaker {number}", LANGUAGES[number % 6]
+            others = [language for language in LANGUAGES if language != spoken][:3]
+            rows.append(
+                {
+                    "predicate_id": "P103",
+                    "sub_label": subject,
+                    "obj_label": spoken,
+                    "masked_sentences": [f"The native language of {subject} is [MASK] ."],
+                    "candidates": sorted([spoken, *others]),
+                }
+            )
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["lama.yaml", "lama_candidates.yaml"])
+def test_facts_of_lama_s_shape_are_learnt_and_predicted(name: str, bloom: Path, tmp_path: Path) -> None:
+    write_facts(tmp_path)
+    prompt, fields = tmp_path / "prompt", load_config(EXAMPLES / name).data.fields
+    few = ["--model", bloom, "--training.max_steps", 3, "--training.evaluations", 1]
+    assert "24 examples" in ptune("train", EXAMPLES / name, "--data", tmp_path, "--output", prompt, *few)
+    mapping = [part for field, column in fields.items() for part in ("--field", f"{field}={column}")]
+    answers = [json.loads(line) for line in ptune("predict", prompt, tmp_path, *mapping).splitlines()]
+    assert len(answers) == 12
+    for answer in answers:
+        assert sum(answer["probabilities"].values()) == pytest.approx(1)
+        if fields:
+            assert answer["candidates"] == [answer[choice] for choice in answer["probabilities"]]
+            assert answer["sentence"] == answer["masked_sentences"][0]
+        else:
+            assert list(answer["probabilities"]) == LANGUAGES
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_an_example_fits_its_data_set(name: str, real_data: Path, bloom: Path, tmp_path: Path) -> None:
-    folder = real_data / DATA_SETS.get(name, Path(name).stem)
+def test_an_example_fits_its_data_set(name: str, request: pytest.FixtureRequest, bloom: Path, tmp_path: Path) -> None:
+    if name.startswith("lama"):
+        folder = tmp_path
+        write_facts(folder)
+    else:
+        real_data = request.getfixturevalue("real_data")
+        folder = real_data / DATA_SETS.get(name, Path(name).stem)
     if name == "entity_types.yaml":
         subprocess.run([sys.executable, EXAMPLES / "data" / "entity_types.py", folder, tmp_path], check=True)
         folder = tmp_path
@@ -112,16 +167,6 @@ def test_the_tutorials_job_is_the_tutorials() -> None:
 
 
 def test_the_tutorials_job_runs_through_and_answers(real_data: Path, bloom: Path, tmp_path: Path) -> None:
-    def ptune(*arguments: object) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "ptune", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     folder, output = real_data / "alpaca_zh", tmp_path / "prompt"
     where = ["--model", bloom, "--data", folder, "--output", output]
     said = ptune("train", EXAMPLES / "alpaca_zh_bloom.yaml", *where, "--limit", 24, "--dev-limit", 8)

@@ -102,18 +102,25 @@ def test_the_tasks_of_p_tuning_v2_run_on_a_masked_model(
         {"premise": "I sat.", "question": "cause", "choice1": f"tired {n}", "choice2": "soup", "label": n % 2}
         for n in range(8)
     ]
-    for name, rows in (("fewglue_boolq", yes_no), ("rte", pairs), ("fewglue_copa", choices)):
-        for split in ("train", "dev"):
+    words, tags = ["Great", "soup", "in", "Berlin"], [["O", "B-MISC", "O", "B-LOC"], [0, 7, 0, 5]]
+    tagged = [{"tokens": words, "tags": tags[0]} if n % 2 else {"tokens": words, "ner_tags": tags[1]} for n in range(8)]
+    for name, rows in (("fewglue_boolq", yes_no), ("rte", pairs), ("fewglue_copa", choices), ("conll2003", tagged)):
+        for split in ("train", "dev", "test"):
             write(tmp_path / "data" / name / f"{split}.jsonl", rows)
     where = ["--model", model_of(tmp_path, "roberta"), "--data", tmp_path / "data", "--output", tmp_path / "out"]
-    sizes = ["--max-steps", 2, "--virtual-tokens", 3]
+    sizes = ["--max-steps", 4, "--virtual-tokens", 3]
     assert ptuning_v2.main([str(part) for part in [*where, *sizes]]) == 0
     said = capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
-    assert list(result["scores"]) == ["boolq", "rte", "copa"]
+    assert list(result["scores"]) == ["boolq", "rte", "copa", "conll03"]
     for name, bar in (("boolq", "84.0"), ("rte", "86.6"), ("copa", "92.0")):
         assert f"| {name} | {100 * result['scores'][name]['accuracy']:.1f} on 8 records | {bar} |" in said
-        assert result["scores"][name]["steps"] == 2
-    assert "| conll03 | not run | 91.8 |" in said
+        assert result["scores"][name]["steps"] == 4
+    found = result["scores"]["conll03"]
+    assert f"| conll03 | {100 * found['entity_f1']:.1f} on 8 records | 91.8 |" in said
+    assert found["entity_f1"] > 0  # the same sentence over and over is learnt in four steps
+    only = [*where[:4], "--tasks", "rte", *sizes]
+    assert ptuning_v2.main([str(part) for part in only]) == 0
+    assert "| conll03 | not run | 91.8 |" in capsys.readouterr().out
     assert ptuning_v2.main(["--data", str(tmp_path), "--tasks", "rte"]) == 2
     assert "expected a folder fewglue_rte or rte in" in capsys.readouterr().err

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import soft_prompts
+import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.backbone import Backbone
@@ -86,7 +88,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.mkdir()
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG), encoding="utf-8")
     (run / "assessment.json").write_text(json.dumps(ASSESSMENT), encoding="utf-8")
-    (run / "config.yaml").write_text(f"# {EVIL}\nmodel: 模型\n", encoding="utf-8")
+    settings = {
+        "model": {"name": str(folder / "model")},
+        "data": {"train": str(folder / "train.jsonl"), "dev": "~/dev.jsonl"},
+        "prompt": {"template": f"/模型 {EVIL}", "start": {"method": "prompt", "prompt": str(folder / "other")}},
+        "output": str(folder / "prompt"),
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
     return folder
 
 
@@ -132,6 +140,27 @@ def test_the_page_is_whole_escaped_and_fetches_nothing(folder: Path, tmp_path: P
     assert [f">{count}</td>" in text for count in (41, 5, 7, 11)] == [True] * 4
     with pytest.raises(AssertionError):
         Page(text.replace("&lt;script&gt;", "<script>"))
+
+
+def test_no_folder_of_the_machine_is_told(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    summary = soft_prompts.SUMMARY | {"data": str(folder / "train.jsonl")}
+    prompt = replace(SoftPrompt.load(folder / "prompt"), summary=summary)
+    evaluation = ASSESSMENT | {"records": 111, "data": str(folder / "test.jsonl")}
+    (tmp_path / "test.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    no_words = f'Nearest words need the backbone: "{folder / "model"}" is gone.'
+    page = report_page(read_story(folder / "prompt", prompt, evaluation=tmp_path / "test.json", no_words=no_words))
+    assert str(folder) not in page
+    assert "~" not in page
+    shown = ("model", "name: model", "train: train.jsonl", "dev: dev.jsonl", "prompt: other", "output: prompt")
+    for said in (
+        *shown,
+        "template: /模型",
+        "trained ontrain.jsonl",
+        "111 records of test.jsonl",
+        'backbone: "model" is',
+    ):
+        assert said in Page(page).text
 
 
 def test_the_virtual_tokens_stand_with_their_nearest_words_and_distances(folder: Path) -> None:

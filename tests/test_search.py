@@ -222,6 +222,21 @@ def test_halves_are_dropped_by_the_metric_and_the_table_tells_all(tmp_path: Path
     assert all(row["seconds"] > 0 and len(row["evaluations"]) == row["steps"] + 1 for row in table["candidates"])
 
 
+def test_candidates_of_equal_metric_are_ranked_by_their_best_loss(tmp_path: Path) -> None:
+    never_right = GENERATION | {"metric": "exact_match"}
+    settings = SearchConfig(vary={"training.learning_rate": (1e-8, 30.0, 3.0, 1.0, 0.3)}, halvings=0)
+    run = config(tmp_path, "[P*4]{text}{answer}", never_right, schedule="constant", evaluations=6)
+    learnt, scored = records()
+    scored = [record | {"output": "waiter door"} for record in scored]
+    search(run, settings, backbone=backbone_of("gpt2", torch.float32), records=(learnt, scored))
+    table = json.loads((tmp_path / "run" / "search.json").read_text())
+    assert {each["exact_match"] for row in table["candidates"] for each in row["evaluations"]} == {0.0}
+    losses = [min(each["loss"] for each in row["evaluations"]) for row in table["candidates"]]
+    assert losses == sorted(losses)
+    latest = [row["evaluations"][-1]["loss"] for row in table["candidates"]]
+    assert latest != sorted(latest)  # else the latest loss would rank them alike
+
+
 def test_rungs_wait_for_an_evaluation_and_spare_the_last_step() -> None:
     assert rungs(80, {8 * k for k in range(1, 11)}, 2) == {24, 40}
     assert rungs(80, {80}, 2) == set()

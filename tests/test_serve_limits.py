@@ -28,7 +28,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serving import Served, rows, serving, soft_prompts, tiny_backbone
+from serving import Served, rows, serving, soft_prompts, soft_prompts_with_heads, tiny_backbone
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.backbone import Backbone
@@ -57,7 +57,7 @@ def backbone() -> Backbone:
 @pytest.fixture(scope="module")
 def folder(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prompts")
-    for name, prompt in soft_prompts(backbone).items():
+    for name, prompt in (soft_prompts(backbone) | soft_prompts_with_heads(backbone)).items():
         prompt.save(folder / name)
     other = Backbone(tiny_model("llama", seed=3), tiny_tokenizer(), "other")
     soft_prompts(other)["mood"].save(folder / "foreign")
@@ -79,8 +79,20 @@ def served(backbone: Backbone, folder: Path) -> Iterator[Served]:
         ("classify", {**CLASSIFY, "model": "../mood"}, 404, "model", "is not served here"),
         ("classify", {**CLASSIFY, "model": "foreign"}, 404, "model", 'trained on "other", and this server runs "tiny"'),
         ("classify", {**CLASSIFY, "model": "damaged"}, 404, "model", "is damaged; the server's log says more"),
-        ("classify", {**CLASSIFY, "model": "tiny"}, 400, "model", "the bare model has no labels"),
-        ("classify", {**CLASSIFY, "model": "answer"}, 400, "model", "writes text; ask /v1/chat/completions"),
+        (
+            "classify",
+            {**CLASSIFY, "model": "tiny"},
+            400,
+            "model",
+            "this is the bare model, for which /v1/classify has no answer; ask /v1/chat",
+        ),
+        (
+            "classify",
+            {**CLASSIFY, "model": "answer"},
+            400,
+            "model",
+            "type generation.*ask /v1/chat/completions or /v1/completions$",
+        ),
         ("classify", {**CLASSIFY, "input": []}, 400, "input", "at least 1 item"),
         ("classify", {**CLASSIFY, "input": ["a"] * 9}, 400, "input", "has 9 texts, and a request 8 at most"),
         ("classify", {**CLASSIFY, "input": [{"txt": "a"}]}, 400, "fields", 'no field "txt".*Did you mean "text"'),
@@ -88,7 +100,7 @@ def served(backbone: Backbone, folder: Path) -> Iterator[Served]:
         ("classify", {**CLASSIFY, "input": "soup " * 999}, 400, None, "the text has .* tokens .* takes 256"),
         ("classify", {**CLASSIFY, "inputs": "a"}, 400, "inputs", 'is not offered here.*Did you mean "input"'),
         ("classify", [], 400, None, "the body: "),
-        ("completions", {**COMPLETION, "model": "mood"}, 400, "model", "chooses among answers; ask /v1/classify"),
+        ("completions", {**COMPLETION, "model": "mood"}, 400, "model", "type classification.*ask /v1/classify$"),
         ("completions", {**COMPLETION, "model": "tiny", "prompt": ""}, 400, "prompt", "this one is empty"),
         ("completions", {**COMPLETION, "prompt": [1, 2]}, 400, None, "valid string"),
         ("completions", {**COMPLETION, "prompt": "soup " * 999}, 400, None, "takes 256, the answer's among them"),
@@ -342,7 +354,7 @@ def test_requests_made_from_the_description_are_answered_as_it_says(served: Serv
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 8
+    assert len(operations) == 9
     for operation in operations:
 
         @given(case=operation.as_strategy())
@@ -356,7 +368,7 @@ def test_requests_made_from_the_description_are_answered_as_it_says(served: Serv
         )
         def check(case: Any) -> None:
             if isinstance(case.body, dict) and "model" in case.body:
-                case.body["model"] = {"/v1/classify": "mood"}.get(case.path, "brief")
+                case.body["model"] = {"/v1/classify": "mood", "/v1/tag": "tags"}.get(case.path, "brief")
             case.call_and_validate(checks=checks)
 
         check()

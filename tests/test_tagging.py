@@ -17,7 +17,7 @@ from seqeval.metrics import f1_score
 from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 from tiny_models import tiny_model, tiny_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ptune.assembly import assemble
@@ -116,6 +116,50 @@ def test_a_word_is_read_behind_the_blank_before_it() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert tokenised_words(fast, ["a", "b"]) == ([1, 0, 2], [0, 2])
+
+
+def like_sentencepiece(kind: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that puts a blank in front of a text, a token of its own before most words."""
+    words = [
+        ("<unk>", -9.0),
+        ("▁", -2.0),
+        ("▁the", -1.0),
+        *((word, -1.0) for word in ("soup", "film", "新", "鲜", "苹果")),
+    ]
+    tokenizer = Tokenizer(models.Unigram(words, unk_id=0))
+    if kind == "llama":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    if kind == "t5":
+        tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+class Slow:
+    """A tokenizer that tells no offsets."""
+
+    is_fast = False
+
+    def __init__(self, fast: PreTrainedTokenizerFast) -> None:
+        self._fast, self.decode = fast, fast.decode
+
+    def __call__(self, text: str, **how: Any) -> Any:
+        assert "return_offsets_mapping" not in how
+        return self._fast(text, **how)
+
+
+@pytest.mark.parametrize(
+    "words", [["soup", "film"], ["the", "soup", "the"], list("新鲜"), ["新", "鲜", "苹果"], ["door"]]
+)
+@pytest.mark.parametrize("kind", ["t5", "llama", "without a decoder"])
+def test_no_word_is_read_at_a_lone_blank_before_it(kind: str, words: list[str]) -> None:
+    tokenizer = like_sentencepiece(kind)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("soup")["input_ids"]) == ["▁", "soup"]
+    for one in (tokenizer, Slow(tokenizer)):
+        ids, places = tokenised_words(one, words)  # type: ignore[arg-type]
+        read = tokenizer.convert_ids_to_tokens([ids[place] for place in places if place is not None])
+        assert [piece.replace("▁", "").replace("<unk>", "door") for piece in read] == words
 
 
 def test_a_word_that_tokenises_to_nothing_counts_as_o() -> None:

@@ -120,6 +120,26 @@ def test_the_saved_prompt_is_the_best_evaluation_not_the_last(folder: Path, tmp_
     assert prompt.summary["after"]["accuracy"] == best["accuracy"]
 
 
+@pytest.mark.parametrize(("answer", "gains"), [("good", True), ("waiter", False)])
+def test_of_equal_evaluations_that_of_least_loss_is_saved(
+    folder: Path, tmp_path: Path, answer: str, gains: bool
+) -> None:
+    listener = Listener()
+    never_right = {"type": "generation", "metric": "exact_match", "max_new_tokens": 1, "answer_field": "output"}
+    config = settings(folder, tmp_path / "prompt", max_steps=9, learning_rate=0.1, schedule="constant")
+    config = RunConfig.model_validate(
+        config.model_dump() | {"task": never_right, "prompt": {"template": "[P*4]{answer}"}}
+    )
+    learnt, scored = ([Record({"output": f"{text} soup"}, "here")] * 8 for text in ("good", answer))
+    prompt = train(config, records=(learnt, scored), reporter=listener)
+    losses = [metrics["loss"] for metrics in listener.metrics]
+    assert {metrics["exact_match"] for metrics in listener.metrics} == {0.0}
+    assert prompt.summary["best_step"] == 3 * losses.index(min(losses)) > 0
+    assert (prompt.summary["best_step"] == 9) is gains
+    assert prompt.summary["after"]["loss"] == min(losses)
+    assert listener.progress.evaluations_without_gain == 3  # early stopping goes by the metric
+
+
 def test_each_plan_is_told_once_with_its_reason(folder: Path, tmp_path: Path) -> None:
     class Plans(Reporter):
         def __init__(self) -> None:

@@ -29,7 +29,8 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        best_metric: the best value so far of the task's metric on dev, with the step it was reached at.
+        best_metric: the best value so far of the task's metric on dev.
+        best_step: where it was reached, with the least loss.
         evaluations_without_gain: for early stopping.
         history: one entry an evaluation: step and metrics.
         seconds: time spent training, over all resumptions.
@@ -41,6 +42,11 @@ class Progress:
     evaluations_without_gain: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def best_loss(self) -> float:
+        """The loss on dev at the best step; there must have been an evaluation."""
+        return next(entry["loss"] for entry in self.history if entry["step"] == self.best_step)
 
 
 def save_checkpoint(

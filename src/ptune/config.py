@@ -54,7 +54,10 @@ class DataConfig(Settings):
     shots: int | None = Field(
         None, gt=0, description="Few-shot: only so many training records a label, drawn by the seed; of dev no more."
     )
-    fields: dict[str, str] = Field(default_factory=dict, description="Template field -> column of the file.")
+    fields: dict[str, str] = Field(
+        default_factory=dict,
+        description="Template field -> column; a.b is a member of an object in the column a, a.0 of a list.",
+    )
 
 
 class EncoderConfig(Settings):

@@ -46,10 +46,10 @@ class Contender:
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """Smaller is better: the best metric so far, the latest loss, its number."""
+        """Smaller is better: the best metric so far, the loss there, its number."""
         sign = -1 if self.learner.task.greater_is_better else 1
         value = math.inf if math.isnan(self.value) else sign * self.value
-        return value, self.learner.progress.history[-1]["loss"], self.candidate.number
+        return value, self.learner.progress.best_loss, self.candidate.number
 
     def evaluate(self) -> float:
         """Score dev; return the value of the task's metric."""

@@ -2,7 +2,8 @@
 
 A conversation is one system message at most, and turns of user and assistant by turns, the user's first. One that ends
 with a question has no answer to learn there; it is what a prediction answers. What an assistant says before anybody has
-asked, a greeting, is left out. Everything else is refused: what a row of another order would teach is nothing that
+asked, a greeting, is left out. An answer of ``weight`` 0 is context for what follows and is not learnt, so behind the
+last that is learnt nothing is kept. Everything else is refused: what a row of another order would teach is nothing that
 generation ever asks.
 
 Knows nothing of files, templates, tokenizers or models.
@@ -28,10 +29,12 @@ class Exchange:
     Attributes:
         fields: of a template, with what was asked in them; the record's own hold for every other.
         answer: what was said to it.
+        learnt: whether the answer is, or is context alone.
     """
 
     fields: Mapping[str, Any]
     answer: str
+    learnt: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,33 +45,39 @@ class Conversation:
         system: the system message; empty where there is none.
         questions: the user's turns, one at least.
         answers: the assistant's, as many or one fewer.
+        learnt: whether each answer is.
     """
 
     system: str
     questions: tuple[str, ...]
     answers: tuple[str, ...]
+    learnt: tuple[bool, ...]
 
 
 def read_conversation(turns: Any, column: str, location: str) -> Conversation | None:
     """Return the conversation in a record's column; None where the column holds no turns at all.
 
     Args:
-        turns: what stands there: a list of objects with ``from`` and ``value``, or ``role`` and ``content``.
+        turns: what stands there: a list of objects with ``from`` and ``value``, or ``role`` and ``content``; an
+            assistant's may have a ``weight`` of 0 or 1.
         column: its name, for messages.
         location: of the record, for messages.
 
     Raises:
-        DataError: a turn is of an unknown role, without text or out of turn, or nobody asks or answers.
+        DataError: a turn is of an unknown role or weight, without text or out of turn, or nobody asks or answers, or
+            no answer is learnt.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return None
     said = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+    weights = [turn.get("weight") for turn in turns]
     if said and all(role is None for role, _ in said):
         return None  # objects, but no turns of a conversation
     greeting = next((number for number, (role, _) in enumerate(said) if role not in SYSTEMS), 0)
     if said and said[greeting][0] in ASSISTANTS:
-        del said[greeting]
+        del said[greeting], weights[greeting]
     _check_turns(said, column, location)
+    _check_weights(said, weights, column, location)
     system = said[0][1] if said and said[0][0] in SYSTEMS else None
     spoken = [text for _, text in (said if system is None else said[1:])]
     if len(spoken) < 2:
@@ -77,7 +86,28 @@ def read_conversation(turns: Any, column: str, location: str) -> Conversation | 
             f"{location}: {column} has no answer: expected a user's turn and an assistant's behind it, and found "
             f"{found}; complete the record or remove it."
         )
-    return Conversation(system or "", tuple(spoken[::2]), tuple(spoken[1::2]))
+    learnt = [weight != 0 for weight in weights[len(said) - len(spoken) :]][1::2]
+    if len(spoken) % 2 == 0:
+        if not any(learnt):
+            raise DataError(
+                f"{location}: {column} has nothing to learn: expected an assistant's turn of weight 1 and found 0 at "
+                "each; give one a weight of 1, or remove the record."
+            )
+        while not learnt[-1]:
+            del learnt[-1], spoken[-2:]
+    return Conversation(system or "", tuple(spoken[::2]), tuple(spoken[1::2]), tuple(learnt))
+
+
+def _check_weights(said: Sequence[tuple[Any, Any]], weights: Sequence[Any], column: str, location: str) -> None:
+    for number, ((role, _), weight) in enumerate(zip(said, weights, strict=True), 1):
+        place = f"{location}: {column}, turn {number}"
+        if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+            raise DataError(f"{place}: expected a weight of 0 or 1 and found {weight!r}; write one of them, or none.")
+        if weight == 1 and role not in ASSISTANTS:
+            raise DataError(
+                f"{place}: expected a weight of 1 at an assistant's turn and found it at one of {role}, which is never "
+                "learnt; remove it."
+            )
 
 
 def _check_turns(said: Sequence[tuple[Any, Any]], column: str, location: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,8 @@ def _fill_from_conversation(record: Record) -> None:
         filled["output"] = said.answers[-1]
     record.update({name: text for name, text in filled.items() if name not in record})
     record.history = tuple(
-        Exchange({"instruction": question}, answer)
-        for question, answer in zip(said.questions[:-1], said.answers, strict=False)
+        Exchange({"instruction": question}, answer, learnt)
+        for question, answer, learnt in zip(said.questions[:-1], said.answers, said.learnt, strict=False)
     )
 
 
@@ -196,14 +197,19 @@ def _map_fields(record: Record, fields: Mapping[str, str]) -> None:
         record[field] = value
         if column == "instruction":  # a question under another name is so in the whole conversation
             record.history = tuple(
-                Exchange({**said.fields, field: said.fields[column]}, said.answer) for said in record.history
+                replace(said, fields={**said.fields, field: said.fields[column]}) for said in record.history
             )
 
 
 def _column(columns: Mapping[str, Any], name: str) -> Any:
-    """Return a column's value; ``a.b`` is the member b of an object in the column a, unless a column has that name."""
+    """Return a column's value.
+
+    Unless a column has that name, ``a.b`` is the member b of an object in the column a, and ``a.0`` a list's first.
+    """
     if name in columns:
         return columns[name]
     outer, dot, inner = name.partition(".")
     nested = columns.get(outer)
+    if isinstance(nested, list):
+        nested = {str(number): value for number, value in enumerate(nested)}
     return _column(nested, inner) if dot and isinstance(nested, Mapping) else _ABSENT

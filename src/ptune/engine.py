@@ -70,7 +70,8 @@ class Engine:
 
         Args:
             backbone: the model that answers.
-            prompts: folder of soft prompts that are loaded on first use, by the name of their folder in it.
+            prompts: folder of soft prompts that are loaded on first use, by the name of their folder in it. One stays
+                as it was read, though its folder be replaced; after `remove` it is read anew at its next use.
             prompt_memory: room for those; over it the ones unused for longest are forgotten. What is loaded by `load`
                 or `add` stays.
             key_memory: room for the keys and values of virtual tokens that open a text, kept from call to call; that

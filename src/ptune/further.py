@@ -52,17 +52,20 @@ def end_of_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text[: places[0][0] - places[0][1]] if places else ""
 
 
-def joined(contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], left_out: int = 0) -> Row:
-    """Return contexts, each followed by its answer, as one row in which the answers are supervised.
+def joined(
+    contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], learnt: Sequence[bool], left_out: int = 0
+) -> Row:
+    """Return contexts, each followed by its answer, as one row in which answers that are learnt are supervised.
 
     Args:
         contexts: ids before each answer, without those before it.
         answers: their ids, the last of them empty where it is still to be written.
+        learnt: whether each of them is.
         left_out: how many exchanges before them had no room.
     """
     ids: list[int] = []
     labels: list[int] = []
-    for context, answer in zip(contexts, answers, strict=True):
+    for context, answer, supervised in zip(contexts, answers, learnt, strict=True):
         ids += [*context, *answer]
-        labels += [*[IGNORED] * len(context), *answer]
+        labels += [*[IGNORED] * len(context), *(answer if supervised else [IGNORED] * len(answer))]
     return Row(tuple(ids), tuple(labels), left_out=left_out)

@@ -108,17 +108,20 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, reporter: Reporter) -> dict[str, float]:
-        """Score dev by the very path that serves, keep the best rows, tell; return the metrics."""
+        """Score dev by the very path that serves, keep the best rows, tell; return the metrics.
+
+        Of two that the task's metric finds equal, the one of less loss is better, but no gain to early stopping.
+        """
         self.prompted.eval()
         self.prompted.use()
         metrics = self.task.evaluate(self.prompted.backbone, self.parts.dev, batch_size=2 * self.settings.batch_size)
         value, sign = metrics[self.task.metric], 1 if self.task.greater_is_better else -1
         progress = self.progress
-        if progress.best_metric is None or sign * value > sign * progress.best_metric:
-            progress.best_metric, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
+        gained = progress.best_metric is None or sign * value > sign * progress.best_metric
+        progress.evaluations_without_gain = 0 if gained else progress.evaluations_without_gain + 1
+        if gained or (value == progress.best_metric and metrics["loss"] < progress.best_loss):
+            progress.best_metric, progress.best_step = value, progress.step
             self.best = {"rows": self.prompted.rows().cpu().clone()} | head_tensors(self.prompted.head)
-        else:
-            progress.evaluations_without_gain += 1
         progress.history.append({"step": progress.step, **metrics})
         reporter.evaluated(progress.step, metrics, best=progress.best_step == progress.step)
         self._warn(metrics, reporter)

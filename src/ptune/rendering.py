@@ -16,9 +16,8 @@ words leave no room for any answer is an error under all three.
 
 **Conversations.** A record may have a ``history``, exchanges that were said before. The first exchange is rendered by
 the template, virtual tokens and all, and every further one by what `Further` says, so that the ids before each answer
-are those at which it is generated. All answers are supervised. What is too long loses its oldest exchanges first; a
-system message stays, for it is a field of the record; and where nothing but the last question fits, it is a record like
-any other.
+are those at which it is generated. Answers to learn are supervised. What is too long loses its oldest exchanges first;
+a system message stays, being a field; and where nothing but the last question fits, it is a record like any other.
 
 **Training and generation.** Generation does not know how long the answer will be, so `Renderer.context` takes how many
 tokens to reserve. For every row, ``row.ids == context(record, reserve=n) + answer``, where n is how many tokens of the
@@ -193,9 +192,10 @@ class Renderer:
         asked = [values | {name: field_text(said.fields, name) for name in said.fields} for said in history] + [values]
         end = self._tokens(self.further.end)
         answers = [*(self._tokens(said.answer) + end for said in history), answer]
+        learnt = [*(said.learnt for said in history), True]
         further = [self._tokens(filled(self.further.words, each)) for each in asked[1:]]
         for start in range(len(history)):
-            row = joined([self._ids(asked[start]), *further[start:]], answers[start:], left_out=start)
+            row = joined([self._ids(asked[start]), *further[start:]], answers[start:], learnt[start:], left_out=start)
             if self.limit is None or self._text_length(row.ids) + reserve <= self.limit:
                 return row
         return None

@@ -1,7 +1,8 @@
 """One page on a soft prompt: how its run went, where it errs, how sure it may be, what its virtual tokens are near.
 
 The page is a single HTML file: no script, nothing fetched, readable in light and dark. Every text of the user's is
-escaped. Knows a soft prompt's folder; of models only the words near to its virtual tokens, which others look for.
+escaped, and of folders of the machine that made it only the last names are told. Knows a soft prompt's folder; of
+models only the words near to its virtual tokens, which others look for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ptune.errors import DataError, SoftPromptError
 from ptune.files import read_json
@@ -24,6 +27,8 @@ from ptune.tasks.calibration import Bin, calibration_error
 _MOST_LABELS = 30
 """Of more labels a page shows the confusions that happen most, instead of all."""
 _MOST_CONFUSIONS = 25
+_PATHS = (("model", "name"), ("data", "train"), ("data", "dev"), ("prompt", "start", "prompt"), ("output",))
+"""Settings that may hold paths."""
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1c1e21; --faint: #63676e; --rule: #d9dce1;
@@ -107,9 +112,11 @@ def read_story(
         prompt.describe(),
         _read_log(run / LOG) if (run / LOG).is_file() else [],
         assessment if assessment and "labels" in assessment else None,
-        settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else None,
+        _settings_without_folders(settings.read_text(encoding="utf-8", errors="replace"))
+        if settings.is_file()
+        else None,
         words,
-        no_words,
+        no_words.replace(prompt.backbone_name, _last_name(prompt.backbone_name)),
     )
 
 
@@ -140,7 +147,7 @@ def _head(story: Story) -> Iterator[str]:
     yield f"<h1>{escape(story.name)}</h1>"
     yield (
         f'<p class="note">A soft prompt of {described["virtual_tokens"]} virtual tokens that teaches '
-        f"{escape(described['backbone'])}, frozen, a task of type {escape(task['type'])}.</p>"
+        f"{escape(_last_name(described['backbone']))}, frozen, a task of type {escape(task['type'])}.</p>"
     )
     facts = {
         "template": f"<code>{escape(described['template'])}</code>",
@@ -154,7 +161,7 @@ def _head(story: Story) -> Iterator[str]:
                 text
                 for text in (
                     f"{summary['train_examples']} examples" if "train_examples" in summary else "",
-                    str(summary.get("data") or ""),
+                    _last_name(str(summary.get("data") or "")),
                 )
                 if text
             )
@@ -194,7 +201,7 @@ def _run(story: Story) -> Iterator[str]:
 def _assessment(assessment: Mapping[str, Any] | None) -> Iterator[str]:
     if assessment is None:
         return
-    data = assessment.get("data")
+    data = assessment.get("data") and _last_name(assessment["data"])
     on = f"{assessment.get('records')} records of {data}" if data else f"{assessment.get('records')} held-out records"
     labels, confusion = assessment["labels"], assessment["confusion"]
     yield f"<h2>Which label is taken for which</h2><p class='note'>On {escape(on)}.</p>"
@@ -270,6 +277,27 @@ def _near(words: Sequence[Word], measure: str) -> str:
 def _settings(story: Story) -> Iterator[str]:
     if story.settings is not None:
         yield f"<h2>Settings</h2><pre>{escape(story.settings)}</pre>"
+
+
+def _settings_without_folders(text: str) -> str:
+    """Return a run's settings, of whose absolute paths only the last names are left."""
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError:  # written by somebody else, so nobody knows what is a path
+        return text
+    for *outer, name in _PATHS:
+        section = settings
+        for key in outer:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(name), str):
+            section[name] = _last_name(section[name])
+    return str(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False))
+
+
+def _last_name(text: str) -> str:
+    """Return the last name of an absolute path, and any other text as it is."""
+    path = Path(text)
+    return path.name if path.is_absolute() or text.startswith("~") else text
 
 
 def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:

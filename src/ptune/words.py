@@ -5,6 +5,9 @@ text in such a script is given by characters. Mostly every word then begins a to
 tokens stay. Where a token holds the beginnings of two words (tokenizers join Chinese characters freely), each word is
 tokenised apart.
 
+Tokenizers in the manner of sentencepiece put a blank in front of a text, and where that is a token of its own it counts
+as part of the first word's first character. No word is read there, but at the token that holds the character.
+
 Knows tokenizers, and nothing of models or tags.
 """
 
@@ -19,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from ptune.filling import WITHOUT_BLANKS, gap
 
 _LETTERS = rf"(?:(?!{WITHOUT_BLANKS.pattern})\w)+"
+_BLANK = "\u2581"
+"""How sentencepiece writes a blank."""
 _WORD = re.compile(rf"(?!\s){WITHOUT_BLANKS.pattern}|(?:[A-Za-z]\.){{2,}}|{_LETTERS}(?:[-.'’]{_LETTERS})*|[^\w\s]")
 
 
@@ -46,7 +51,7 @@ def tokenised_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) ->
     text, starts = spelled_out(words)
     if tokenizer.is_fast:
         ids, spans = _tokens(tokenizer, text)
-        places = list(_first_tokens(spans, starts))
+        places = list(_first_tokens(tokenizer, ids, spans, starts))
         if all(one is not None and other is not None and one < other for one, other in pairwise(places)):
             return ids, places
     ids, places = [], []
@@ -54,11 +59,11 @@ def tokenised_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) ->
         before = text[starts[number - 1] + len(words[number - 1]) : starts[number]] if number else ""
         if tokenizer.is_fast:
             own, spans = _tokens(tokenizer, before + word)
-            (place,) = _first_tokens(spans, [len(before)])
+            (place,) = _first_tokens(tokenizer, own, spans, [len(before)])
         else:
             own = list(tokenizer(before + word, add_special_tokens=False, verbose=False)["input_ids"])
-            place = 0 if own else None
-        places.append(None if place is None else len(ids) + place)
+            place = next((n for n, token in enumerate(own[:-1]) if not _is_blank(tokenizer, token)), len(own) - 1)
+        places.append(None if place is None or place < 0 else len(ids) + place)
         ids += own
     return ids, places
 
@@ -68,10 +73,19 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
     return list(given["input_ids"]), list(given["offset_mapping"])
 
 
-def _first_tokens(spans: Sequence[tuple[int, int]], starts: Sequence[int]) -> Iterator[int | None]:
-    """Give for each place in a text the number of the first token that reaches over it."""
+def _first_tokens(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], spans: Sequence[tuple[int, int]], starts: Sequence[int]
+) -> Iterator[int | None]:
+    """Give for each place in a text the number of the first token that reaches over it and is more than a blank."""
     token = 0
     for start in starts:
         while token < len(spans) and spans[token][1] <= start:
             token += 1
+        # looked at where the next one reaches over it as well
+        while token + 1 < len(spans) and spans[token + 1][0] <= start and _is_blank(tokenizer, ids[token]):
+            token += 1
         yield token if token < len(spans) else None
+
+
+def _is_blank(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    return not str(tokenizer.decode([token])).replace(_BLANK, "").strip()

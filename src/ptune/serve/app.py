@@ -24,7 +24,6 @@ from ptune.serve.prompts import PromptFolder
 from ptune.serve.protocol import (
     ChatMessage,
     ChatRequest,
-    ClassifyRequest,
     CompletionRequest,
     ErrorBody,
     StreamOptions,
@@ -32,13 +31,14 @@ from ptune.serve.protocol import (
     Upload,
 )
 from ptune.serve.reading import reading_routes
+from ptune.serve.reading_protocol import ClassifyRequest, TagRequest
 from ptune.serve.refusals import RefusedError, error_body, refusal_of
 from ptune.serve.security import BearerTokens
 from ptune.serve.service import Service
 from ptune.serve.settings import ServeSettings
 from ptune.serve.writing import writing_routes
 
-_BODIES = (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions, ClassifyRequest, Upload)
+_BODIES = (ChatRequest, ChatMessage, TextPart, CompletionRequest, StreamOptions, ClassifyRequest, TagRequest, Upload)
 _MEMBERS = sorted({name for body in _BODIES for name in body.model_fields})
 
 

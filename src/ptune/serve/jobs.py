@@ -1,4 +1,4 @@
-"""What a request asks of the engine, in pieces that can share batches: records to score, a context to continue.
+"""What a request asks of the engine, in pieces that can share batches: records to read, a context to continue.
 
 A job is prepared alone, so that its mistakes are its own, then run together with others of its kind. Its future is how
 it answers, and cancelling the future is how it is called off. Knows no HTTP and no queue.
@@ -20,9 +20,9 @@ from ptune.generation import Generated, GenerationOptions, generate
 from ptune.sampling import TokenLogprob
 from ptune.serve.contexts import context_of
 from ptune.serve.prompts import Served
-from ptune.serve.refusals import RefusedError
-from ptune.tasks import Generation, Task
-from ptune.tasks.scoring import ScoringTask
+from ptune.serve.refusals import check_path
+from ptune.tasks import Generation
+from ptune.tasks.reading import ReadingTask
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Job(ABC):
 
     Attributes:
         kind: for metrics.
+        path: of the request, which says what answers are wanted.
         served: the soft prompt; None for the bare model.
         rows: how much of a batch it takes.
         future: of its answer.
@@ -65,8 +66,8 @@ class Job(ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, served: Served | None, rows: int) -> None:
-        self.served, self.rows = served, rows
+    def __init__(self, path: str, served: Served | None, rows: int) -> None:
+        self.path, self.served, self.rows = path, served, rows
         self.future: Future[Any] = Future()
 
     @property
@@ -102,37 +103,26 @@ class Job(ABC):
         """Answer prepared jobs together."""
 
 
-def _check_served(task: Task | None) -> None:
-    """See that a task's answers have a form that the server gives."""
-    if task is not None and task.answer_key not in ("label", "text"):
-        raise RefusedError(
-            400,
-            f"this soft prompt's answers are {task.answer_key}, and this server gives labels, one a record, or text; "
-            "use `ptune predict`",
-            param="model",
-        )
-
-
 class Scoring(Job):
-    """Records for one soft prompt that takes the likeliest answer."""
+    """Records for one soft prompt that takes the likeliest answers, labels or tags."""
 
     kind = "scored"
 
-    def __init__(self, served: Served, records: Callable[[LoadedPrompt], list[dict[str, str]]], rows: int) -> None:
+    def __init__(
+        self, path: str, served: Served | None, records: Callable[[LoadedPrompt], list[dict[str, Any]]], rows: int
+    ) -> None:
         """Take what makes the records once the soft prompt is there, and how many they will be."""
-        super().__init__(served, rows)
+        super().__init__(path, served, rows)
         self._make_records = records
-        self._records: list[dict[str, str]] = []
+        self._records: list[dict[str, Any]] = []
         self._tokens = 0
 
     def prepare(self, engine: Engine, loaded: LoadedPrompt | None) -> None:
         """Render the records."""
-        task = None if loaded is None else loaded.task
-        _check_served(task)
-        if loaded is None or not isinstance(task, ScoringTask):
-            raise RefusedError(
-                400, "this model writes text; ask /v1/chat/completions or /v1/completions", param="model"
-            )
+        check_path(self.path, None if loaded is None else loaded.prompt.task.type)
+        assert loaded is not None
+        task = loaded.task
+        assert isinstance(task, ReadingTask)
         self._records = self._make_records(loaded)
         for record in self._records:
             context_of(task.renderer, record)
@@ -144,7 +134,7 @@ class Scoring(Job):
 
     @classmethod
     def run(cls, engine: Engine, jobs: Sequence[Scoring], batch_size: int) -> None:
-        """Score all records in common batches."""
+        """Answer all records in common batches."""
         keys = [job.served.key for job in jobs if job.served for _ in job._records]
         answers = engine.predict(keys, [record for job in jobs for record in job._records], batch_size=batch_size)
         start = 0
@@ -161,17 +151,19 @@ class Writing(Job):
 
     def __init__(
         self,
+        path: str,
         served: Served | None,
         context: Callable[[LoadedPrompt | None, int], list[int]],
         options: Mapping[str, Any],
         *,
-        max_new_tokens: int | None,
+        max_new_tokens: int | None = None,
         most_new_tokens: int,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> None:
         """Take what makes the context once the soft prompt is there, given how many tokens the answer may have.
 
         Args:
+            path: of the request.
             served: the soft prompt; None for the bare model.
             context: makes it.
             options: of `GenerationOptions`, but for the length.
@@ -179,7 +171,7 @@ class Writing(Job):
             most_new_tokens: where the task says more.
             on_piece: gets each piece of text, in the engine's thread.
         """
-        super().__init__(served, 1)
+        super().__init__(path, served, 1)
         self._make_context, self._options = context, GenerationOptions(**options)
         self._max_new_tokens, self._most_new_tokens = max_new_tokens, most_new_tokens
         self._on_piece = on_piece
@@ -189,10 +181,9 @@ class Writing(Job):
 
     def prepare(self, engine: Engine, loaded: LoadedPrompt | None) -> None:
         """Render the context, and see how much room it leaves."""
+        check_path(self.path, None if loaded is None else loaded.prompt.task.type)
         task = None if loaded is None else loaded.task
-        _check_served(task)
-        if task is not None and not isinstance(task, Generation):
-            raise RefusedError(400, "this soft prompt chooses among answers; ask /v1/classify", param="model")
+        assert task is None or isinstance(task, Generation)
         usual = GenerationOptions().max_new_tokens if task is None else task.config.max_new_tokens
         self._new_tokens = self._max_new_tokens or min(usual, self._most_new_tokens)
         self._context = self._make_context(loaded, self._new_tokens)

@@ -22,6 +22,7 @@ _PATHS = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/classify",
+    "/v1/tag",
     "/v1/models",
     "/v1/prompts",
     "/healthz",

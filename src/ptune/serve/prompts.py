@@ -169,6 +169,9 @@ class VersionsInMemory:
         except SoftPromptError as error:
             _log.warning("a soft prompt cannot be loaded", extra={"prompt": served.name, "reason": str(error)})
             raise unusable_model(served.name, "cannot be loaded any more; the server's log says more") from error
+        if loaded.prompt.task.type != served.task:  # replaced since the folder was looked at
+            self._engine.let_go(served.key)
+            raise unusable_model(served.name, "is being replaced by one of another task; ask again in a moment")
         self._metrics.loads.inc(not there)
         return loaded
 

@@ -1,4 +1,4 @@
-"""The bodies of requests and answers: OpenAI's shapes, and those of ``/v1/classify``. Knows no engine.
+"""The bodies of requests and answers: OpenAI's shapes, and those of administration. Knows no engine.
 
 A member is honoured or refused: what the server does not know, or knows only at the value at which it does nothing, is
 an error and never dropped.
@@ -23,7 +23,7 @@ def _only(neutral: object, reason: str) -> AfterValidator:
 
 _Penalty = Annotated[float | None, _only(0, "is not offered here: repetition_penalty is")]
 _StopText = Annotated[str, Field(min_length=1, max_length=200)]
-_Name = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Body(BaseModel):
@@ -52,8 +52,8 @@ class StreamOptions(Body):
 class Sampling(Body):
     """What completions and chats have in common. Greedy unless temperature, top_p, top_k or min_p is given."""
 
-    model: _Name
-    fields: dict[_Name, str] = Field(default_factory=dict, description="The template's fields beside the first.")
+    model: Name
+    fields: dict[Name, str] = Field(default_factory=dict, description="The template's fields beside the first.")
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -156,15 +156,6 @@ class ChatRequest(Sampling):
         """Return settings of `ptune.sampling.GenerationOptions`, but for the length."""
         told = {"logprobs": True, "top_logprobs": self.top_logprobs or 0} if self.logprobs else {}
         return super().options() | told
-
-
-class ClassifyRequest(Body):
-    """Body of ``/v1/classify``."""
-
-    model: _Name
-    input: str | Annotated[list[str | dict[_Name, str]], Field(min_length=1)] = Field(
-        description="A text, or several; a record of all the template's fields in place of one."
-    )
 
 
 class Upload(Body):
@@ -298,24 +289,6 @@ class ChatCompletionChunk(BaseModel):
     usage: Usage | None = None
 
 
-class Label(BaseModel):
-    """The likeliest answer to one text, and the probabilities of all."""
-
-    index: int
-    label: str
-    probability: float
-    probabilities: dict[str, float]
-
-
-class Classification(BaseModel):
-    """Answer of ``/v1/classify``."""
-
-    object: Literal["list"] = "list"
-    model: str
-    data: list[Label]
-    usage: Usage
-
-
 class Model(BaseModel):
     """A soft prompt, or the bare backbone."""
 
@@ -323,7 +296,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["ptune"] = "ptune"
-    task: str | None = Field(description="classification, choice, generation; null for the bare backbone.")
+    task: str | None = Field(description="As in its settings, classification say; null for the bare backbone.")
 
 
 class ModelList(BaseModel):

@@ -7,6 +7,17 @@ from typing import Any
 
 from ptune.errors import PtuneError, did_you_mean
 
+_PATHS: dict[str | None, tuple[str, ...]] = {
+    None: ("/v1/chat/completions", "/v1/completions"),
+    "classification": ("/v1/classify",),
+    "linear_classification": ("/v1/classify",),
+    "choice": ("/v1/classify",),
+    "tagging": ("/v1/tag",),
+    "extraction": ("/v1/tag", "/v1/chat/completions", "/v1/completions"),
+    "generation": ("/v1/chat/completions", "/v1/completions"),
+}
+"""Where soft prompts of each task are asked; None is the bare model."""
+
 _TYPES = {
     401: "authentication_error",
     429: "rate_limit_error",
@@ -65,6 +76,18 @@ def unusable_model(name: str, reason: str) -> RefusedError:
     return RefusedError(
         404, f'the soft prompt "{name}" cannot be used: it {reason}', param="model", code="model_not_usable"
     )
+
+
+def check_path(path: str, task: str | None) -> None:
+    """See that a path is where soft prompts of a task, or None for the bare model, are asked.
+
+    Raises:
+        RefusedError: 400, it is not; names those that are.
+    """
+    if path not in _PATHS[task]:
+        what = "the bare model" if task is None else f"a soft prompt of type {task}"
+        mend = f"ask {' or '.join(_PATHS[task])}"
+        raise RefusedError(400, f"this is {what}, for which {path} has no answer; {mend}", param="model")
 
 
 def refusal_of(error: RefusedError | PtuneError) -> RefusedError:

@@ -56,7 +56,8 @@ def writing_routes(service: Service) -> APIRouter:
         def context(text: str, loaded: Any, _new_tokens: int) -> list[int]:
             return completion_context(service.engine.backbone, loaded, text, body.fields)
 
-        asked = _Asked(service, request, body, "cmpl", body.max_tokens, [functools.partial(context, t) for t in texts])
+        contexts = [functools.partial(context, text) for text in texts]
+        asked = _Asked(service, request, body, "/v1/completions", body.max_tokens, contexts)
         asked.log_input(body.prompt)
         if body.stream:
             return await asked.stream(_CompletionEvents(service.engine.backbone.tokenizer))
@@ -80,7 +81,8 @@ def writing_routes(service: Service) -> APIRouter:
         def context(loaded: Any, new_tokens: int) -> list[int]:
             return chat_context(service.engine.backbone, loaded, messages, body.fields, new_tokens)
 
-        asked = _Asked(service, request, body, "chatcmpl", body.max_completion_tokens or body.max_tokens, [context])
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        asked = _Asked(service, request, body, "/v1/chat/completions", max_tokens, [context])
         asked.log_input(messages)
         if body.stream:
             return await asked.stream(_ChatEvents(service.engine.backbone.tokenizer))
@@ -141,7 +143,7 @@ class _Asked:
         service: Service,
         request: Request,
         body: Sampling,
-        prefix: str,
+        path: str,
         max_tokens: int | None,
         contexts: Sequence[Context],
     ) -> None:
@@ -154,12 +156,14 @@ class _Asked:
         served, most = service.folder.find(body.model), service.settings.max_tokens
         if max_tokens is not None and max_tokens > most:
             raise RefusedError(400, f"this server writes {most} tokens at most, not {max_tokens}", param="max_tokens")
+        prefix = "chatcmpl" if "chat" in path else "cmpl"
         self.head: dict[str, Any] = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         self.head["model"] = body.model
         self._queue: asyncio.Queue[Heard] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._jobs = [
             Writing(
+                path,
                 served,
                 context,
                 body.options(),
