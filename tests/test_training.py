@@ -463,11 +463,11 @@ def test_a_budget_of_tokens_runs_batches_in_parts_to_the_same_prompt(folder: Pat
 
     backbone.logits = watched  # type: ignore[method-assign]
 
-    def rows(name: str, **training: Any) -> torch.Tensor:
+    def rows(name: str, **training: Any) -> torch.Tensor:  # without dropout, which each part would have of its own
         config = settings(folder, tmp_path / name, **training)
         prompt = config.prompt.model_copy(
             update={"encoder": EncoderConfig(hidden_size=16)}
-        )  # each part has its dropout
+        )
         return train(config.model_copy(update={"prompt": prompt}), backbone=backbone).rows
 
     whole = rows("whole")
