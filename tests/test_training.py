@@ -465,9 +465,7 @@ def test_a_budget_of_tokens_runs_batches_in_parts_to_the_same_prompt(folder: Pat
 
     def rows(name: str, **training: Any) -> torch.Tensor:  # without dropout, which each part would have of its own
         config = settings(folder, tmp_path / name, **training)
-        prompt = config.prompt.model_copy(
-            update={"encoder": EncoderConfig(hidden_size=16)}
-        )
+        prompt = config.prompt.model_copy(update={"encoder": EncoderConfig(hidden_size=16)})
         return train(config.model_copy(update={"prompt": prompt}), backbone=backbone).rows
 
     whole = rows("whole")
