@@ -49,7 +49,7 @@ def read_packed(
 def read_padded(
     run: Run, contexts: Sequence[Sequence[int]], pasts: Sequence[Tensor], device: torch.device, *, predict: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Do as `read_packed` does, by a padded batch."""
+    """Do as `read_packed` does, by a padded batch ``[B, S]``."""
     lengths = torch.tensor([len(context) for context in contexts])
     behind = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, S]
     ids = torch.zeros_like(behind, dtype=torch.long)
