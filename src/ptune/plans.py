@@ -101,7 +101,7 @@ class Plans:
         run = functools.partial(self._run, wanted=wanted)
         if not torch.is_grad_enabled() and not bool((positions & ~attention_mask.bool()).any()):
             opening = opening_lengths(input_ids, attention_mask, positions, self._vocabulary_size)
-            if pasts := self.prefixes.of(input_ids.tolist(), opening.tolist()):
+            if pasts := self.prefixes.of(input_ids[:, : int(opening.max())].tolist(), opening.tolist()):
                 opening = opening.new_tensor([past.shape[2] for past in pasts])
                 self.note("kept prefix", f"{int(opening.max())} virtual tokens at most open rows, without gradient")
                 return self._behind(run, input_ids, attention_mask, positions, opening, pasts)
