@@ -121,7 +121,7 @@ class _Layer(CacheLayerMixin):
         """Write the next token of each row, and return all."""
         return self._cache.write(self._layer, key_states, value_states)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, _queries: Any) -> tuple[int, int]:
         """Return how many columns are seen, and the first of them."""
         return self._cache.width, 0
 
@@ -132,3 +132,5 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return that there is no limit."""
         return -1
+
+    get_max_cache_shape = get_max_length  # as transformers called it before
