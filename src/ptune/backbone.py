@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptune.batch import IGNORED
@@ -248,7 +248,7 @@ class Backbone:
         input_ids: Tensor,
         attention_mask: Tensor,
         positions: Tensor,
-        past: DynamicCache | None = None,
+        past: Cache | None = None,
         *,
         keep: bool = False,
         wanted: Wanted = "logits",

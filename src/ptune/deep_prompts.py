@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ptune.errors import BackboneError, TemplateError
-from ptune.keys_and_values import KeyValueShape, layers_of, new_cache
+from ptune.keys_and_values import KeyValueShape, layers_of, new_cache, stacked
 from ptune.template import Template, Virtual
 
 
@@ -59,6 +59,10 @@ class DeepPrompt:
     def past(self, batch: int, dtype: torch.dtype) -> DynamicCache:
         """Return the cache of B = ``batch`` rows behind it, in the backbone's dtype."""
         return new_cache(layers_of(self.rows.to(dtype), self.shape), batch)
+
+    def keys_and_values(self, dtype: torch.dtype) -> Tensor:
+        """Return what stands before one row, ``[2 L, K, P, D]``, in the backbone's dtype."""
+        return stacked(layers_of(self.rows.to(dtype), self.shape), 0, 0, len(self.rows))
 
 
 class DeepPrompts:

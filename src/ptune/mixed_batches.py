@@ -9,7 +9,7 @@ Knows tasks and backbones, and nothing of engines. Shapes: S places read, V rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,15 +68,12 @@ def _read(backbone: Backbone, questions: Sequence[Question], batch_size: int) ->
     return [answers[number] for number in range(len(questions))]
 
 
-def _written(backbone: Backbone, questions: Sequence[Question], batch_size: int) -> Iterator[dict[str, Any]]:
+def _written(backbone: Backbone, questions: Sequence[Question], batch_size: int) -> list[dict[str, Any]]:
     tasks = [task for task, _ in questions if isinstance(task, Generation)]
-    lengths = [task.config.max_new_tokens for task in tasks]
-    contexts = [task.renderer.question(record, n) for (task, record), n in zip(questions, lengths, strict=True)]
-    answers: dict[int, dict[str, Any]] = {}
-    for length in dict.fromkeys(lengths):
-        numbers = [number for number, own in enumerate(lengths) if own == length]
-        options = GenerationOptions(max_new_tokens=length)
-        texts = generate(backbone, [contexts[number] for number in numbers], options, batch_size=batch_size)
-        for number, text in zip(numbers, texts, strict=True):
-            answers[number] = tasks[number].answer_from(questions[number][1], text)
-    yield from (answers[number] for number in range(len(questions)))
+    options = [GenerationOptions(max_new_tokens=task.config.max_new_tokens) for task in tasks]
+    contexts = [
+        task.renderer.question(record, own.max_new_tokens)
+        for task, (_, record), own in zip(tasks, questions, options, strict=True)
+    ]
+    texts = generate(backbone, contexts, options, batch_size=batch_size)
+    return [task.answer_from(record, text) for task, (_, record), text in zip(tasks, questions, texts, strict=True)]

@@ -134,7 +134,8 @@ def _attend(
         scaling: of the scores; ``D ** -0.5`` where absent.
         dropout: none, for a frozen model's is off.
     """
-    assert attention_mask is None
+    if attention_mask is not None:
+        raise TypeError("packed rows have no mask, and this family's layers ask for one")
     groups = query.shape[1] // key.shape[1]
 
     def whole(keys_or_values: Tensor) -> Tensor:  # [1, K, ., D] -> [1, G, ., D]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ptune.openings import Group
 from ptune.output_head import Wanted
@@ -27,7 +27,7 @@ class Run(Protocol):
         input_ids: Tensor,
         attention_mask: Tensor,
         positions: Tensor,
-        past: DynamicCache | None = None,
+        past: Cache | None = None,
         *,
         keep: bool = False,
         wanted: Wanted = "logits",

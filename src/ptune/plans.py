@@ -20,16 +20,18 @@ input matrix.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from ptune.context_cache import ContextCache
+from ptune.context_reading import read_packed, read_padded
 from ptune.kept_prefixes import KeptPrefixes, opening_lengths
-from ptune.keys_and_values import new_cache, padded, read_cache, stacked
+from ptune.keys_and_values import new_cache, padded, read_cache
 from ptune.openings import Group, context_lengths, contexts_in, length_groups, padding_share, prefix_groups
 from ptune.output_head import Wanted
 from ptune.packed_attention import PackedGroup, Packing
@@ -100,7 +102,7 @@ class Plans:
         run = functools.partial(self._run, wanted=wanted)
         if not torch.is_grad_enabled() and not bool((positions & ~attention_mask.bool()).any()):
             opening = opening_lengths(input_ids, attention_mask, positions, self._vocabulary_size)
-            if pasts := self.prefixes.of(input_ids.tolist(), opening.tolist()):
+            if pasts := self.prefixes.of(input_ids[:, : int(opening.max())].tolist(), opening.tolist()):
                 opening = opening.new_tensor([past.shape[2] for past in pasts])
                 self.note("kept prefix", f"{int(opening.max())} virtual tokens at most open rows, without gradient")
                 return self._behind(run, input_ids, attention_mask, positions, opening, pasts)
@@ -314,13 +316,14 @@ class Plans:
         mask[0, 9:] = 0
         positions = mask.bool()
         positions[:, :4] = False
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.suppress(TypeError):  # of layers that do not hand on where rows begin
             plain = self._run(ids, mask, positions)[0]
             packed = self._packed_rows(self._run, ids, mask, positions, (Group(0, 2, 4),))
-            pasts = self._packed_contexts([tuple(row[:4]) for row in ids.tolist()])
+            _, pasts = read_packed(self._run, ids[:, :4].tolist(), (), ids.device, predict=False)
             behind = self._packed_behind(self._run, ids, mask, positions, torch.full_like(ids[:, 0], 4), pasts)
-        limit = (1e-3 if plain.dtype.itemsize >= 4 else 5e-2) * float(plain.abs().max())
-        return all(float((one - plain).abs().max()) <= limit for one in (packed, behind))
+            limit = (1e-3 if plain.dtype.itemsize >= 4 else 5e-2) * float(plain.abs().max())
+            return all(float((one - plain).abs().max()) <= limit for one in (packed, behind))
+        return False
 
     def _frozen_context(
         self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, lengths: Tensor
@@ -366,29 +369,32 @@ class Plans:
         """Return the contexts that are not kept, each once, longest first."""
         return sorted({ids for ids in contexts if ids not in self.contexts}, key=lambda ids: (-len(ids), ids))
 
+    def read(
+        self, contexts: Sequence[Sequence[int]], pasts: Sequence[Tensor] = (), *, predict: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Read contexts without gradient, and what comes next where it is to be predicted.
+
+        Args:
+            contexts: ids of each, at least one.
+            pasts: keys and values of what stands before each, ``[2 L, K, F, D]``; none where nothing does.
+            predict: whether logits are wanted.
+
+        Returns:
+            The logits behind each, ``[B, V]``, and its keys and values, ``[2 L, K, T, D]`` of its own length.
+        """
+        how = read_packed if self.may_pack and self._packs else read_padded
+        return how(self._run, contexts, pasts, self._device(), predict=predict)
+
+    def follow(self, input_ids: Tensor, attention_mask: Tensor, past: Cache) -> Tensor:
+        """Return the logits behind one more token of each row, ``[B, V]``.
+
+        Args:
+            input_ids: ``[B, 1]`` int64.
+            attention_mask: ``[B, F + 1]`` int64.
+            past: keys and values of F columns, to which the pass adds one.
+        """
+        return self._run(input_ids, attention_mask, torch.ones_like(input_ids, dtype=torch.bool), past)[0]
+
     def _run_contexts(self, contexts: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return the keys and values of contexts, each ``[2 L, K, F, D]`` of its own length."""
-        if self.may_pack and self._packs:
-            return self._packed_contexts(contexts)
-        longest = max(map(len, contexts))
-        ids = torch.zeros(len(contexts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for number, context in enumerate(contexts):
-            ids[number, : len(context)] = torch.tensor(context)
-            mask[number, : len(context)] = 1
-        ids, mask = ids.to(self._device()), mask.to(self._device())
-        with torch.no_grad():
-            _, cache = self._run(ids, mask, torch.zeros_like(ids, dtype=torch.bool), keep=True)
-        layers = read_cache(cache)
-        return [stacked(layers, number, 0, len(context)) for number, context in enumerate(contexts)]
-
-    def _packed_contexts(self, contexts: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Return what `_run_contexts` does, by one sequence of them all."""
-        ids = torch.tensor([[token for context in contexts for token in context]], device=self._device())  # [1, R]
-        lengths = tuple(map(len, contexts))
-        packing = Packing((PackedGroup(0, lengths),), ids.device)
-        nowhere = torch.zeros_like(ids, dtype=torch.bool)
-        with torch.no_grad():
-            _, cache = self._run(ids, torch.ones_like(ids), nowhere, keep=True, packing=packing)
-        layers, ends = read_cache(cache), list(itertools.accumulate(lengths))
-        return [stacked(layers, 0, end - length, end) for length, end in zip(lengths, ends, strict=True)]
+        return self.read(contexts, predict=False)[1]

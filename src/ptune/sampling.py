@@ -3,12 +3,11 @@
 All of it is done here, in transformers' order: penalties, temperature, top_k, top_p, min_p. Every text that is given a
 seed draws from a generator of its own, so neither its neighbours in a batch nor other threads change what it says.
 
-Knows nothing of models or tokenizers. Shapes: B batch, T tokens, V rows of the backbone's input matrix.
+Knows nothing of models or tokenizers. Shapes: V rows of the backbone's input matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,72 +100,37 @@ class Generated:
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 
-class Logprobs(LogitsProcessor):
-    """Keeps the log-probabilities of the latest step, and each row's own from step to step."""
-
-    def __init__(self, count: int, top: int) -> None:
-        """Take how many rows there are, and how many likeliest tokens are wanted of each place."""
-        self._top = top
-        self._latest: Tensor | None = None
-        self._rows: list[list[TokenLogprob]] = [[] for _ in range(count)]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Read scores ``[B, V]`` before anything else changes them."""
-        self._latest = torch.log_softmax(scores.float(), -1)
-        return scores
-
-    def chose(self, tokens: Tensor) -> None:
-        """Note what was taken of the latest step, ``[B]`` int64."""
-        assert self._latest is not None
-        chosen = self._latest.gather(-1, tokens[:, None]).squeeze(-1).tolist()
-        best = self._latest.topk(self._top, dim=-1)
-        for row, token, own, ids, values in zip(
-            self._rows, tokens.tolist(), chosen, best.indices.tolist(), best.values.tolist(), strict=True
-        ):
-            row.append(TokenLogprob(token, own, tuple(zip(ids, values, strict=True))))
-
-    def of(self, row: int, start: int, end: int) -> tuple[TokenLogprob, ...]:
-        """Return those of a row's tokens from ``start`` to below ``end``."""
-        return tuple(self._rows[row][start:end])
+def token_logprob(scores: Tensor, token: int, top: int) -> TokenLogprob:
+    """Return how likely scores ``[V]`` hold a token, and so many likeliest ones."""
+    logprobs = torch.log_softmax(scores.float(), -1)
+    best = logprobs.topk(top)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenLogprob(token, float(logprobs[token]), tuple(pairs))
 
 
 class Draw(LogitsProcessor):
-    """Draws a token and leaves no other, so that the likeliest is the drawn one."""
+    """Draws a token of one text and leaves no other, so that the likeliest is the drawn one."""
 
-    def __init__(self, seeds: Sequence[int] | None) -> None:
-        """Take a seed for each row; None draws from torch's own generator."""
-        self._seeds = seeds
-        self._generators: list[torch.Generator] = []
+    def __init__(self, seed: int | None) -> None:
+        """Take a seed; None draws from torch's own generator."""
+        self._seed = seed
+        self._generator: torch.Generator | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores ``[B, V]``, minus infinity but for one token of each row."""
-        probabilities = scores.softmax(-1)
-        if self._seeds is None:
-            drawn = torch.multinomial(probabilities, 1)
-        else:
-            if not self._generators:
-                self._generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self._seeds]
-            pairs = zip(probabilities, self._generators, strict=True)
-            drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in pairs])
+        """Return scores ``[1, V]``, minus infinity but for one token."""
+        if self._seed is not None and self._generator is None:
+            self._generator = torch.Generator(scores.device).manual_seed(self._seed)
+        drawn = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
-def processors(
-    options: GenerationOptions, starts: list[int], vocabulary_size: int, seeds: Sequence[int] | None
-) -> LogitsProcessorList:
-    """Return what the options do to scores, in order.
-
-    Args:
-        options: of decoding.
-        starts: where each row's text begins, behind pads and what is past.
-        vocabulary_size: V.
-        seeds: of each row; None where there is none.
-    """
+def processors(options: GenerationOptions) -> LogitsProcessorList:
+    """Return what the options do to the scores of one text's next token, in order; nothing where they are greedy."""
     own = LogitsProcessorList()
     if options.repetition_penalty != 1.0:
-        own.append(_OnText(RepetitionPenaltyLogitsProcessor(options.repetition_penalty), vocabulary_size, starts))
+        own.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
     if options.no_repeat_ngram_size:
-        own.append(_OnText(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size), vocabulary_size, starts))
+        own.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
     if not options.draws:
         return own
     if options.temperature != 1.0:
@@ -177,19 +141,5 @@ def processors(
         own.append(TopPLogitsWarper(options.top_p))
     if options.min_p:
         own.append(MinPLogitsWarper(options.min_p))
-    own.append(Draw(seeds))
+    own.append(Draw(options.seed))
     return own
-
-
-class _OnText(LogitsProcessor):
-    """A processor that is shown each row's text alone: neither its pads nor its virtual tokens."""
-
-    def __init__(self, inner: LogitsProcessor, vocabulary_size: int, starts: list[int]) -> None:
-        self._inner, self._vocabulary_size, self._starts = inner, vocabulary_size, starts
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = []
-        for ids, row, start in zip(input_ids, scores, self._starts, strict=True):
-            text = ids[start:]
-            rows.append(self._inner(text[text < self._vocabulary_size][None], row[None]))
-        return torch.cat(rows)

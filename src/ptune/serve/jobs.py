@@ -1,7 +1,8 @@
 """What a request asks of the engine, in pieces that can share batches: records to read, a context to continue.
 
-A job is prepared alone, so that its mistakes are its own, then run together with others of its kind. Its future is how
-it answers, and cancelling the future is how it is called off. Knows no HTTP and no queue.
+A job is prepared alone, so that its mistakes are its own; then what is read is run together with others of its kind,
+and what is written grows beside others that began earlier or later. Its future is how it answers, and cancelling the
+future is how it is called off. Knows no HTTP and no queue.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
+from ptune.answers import Answer, Listener
 from ptune.engine import Engine, LoadedPrompt
-from ptune.generation import Generated, GenerationOptions, generate
-from ptune.sampling import TokenLogprob
+from ptune.sampling import Generated, GenerationOptions, TokenLogprob
 from ptune.serve.contexts import context_of
 from ptune.serve.prompts import Served
 from ptune.serve.refusals import check_path
@@ -93,9 +94,9 @@ class Job(ABC):
             RefusedError, PtuneError: the request cannot be answered.
         """
 
-    @abstractmethod
-    def joins(self, batch: Sequence[Self], engine: Engine) -> bool:
-        """Whether it can be run together with prepared jobs of its kind."""
+
+class Reading(Job):
+    """A piece of work that is done at once, together with others of its kind."""
 
     @classmethod
     @abstractmethod
@@ -103,7 +104,7 @@ class Job(ABC):
         """Answer prepared jobs together."""
 
 
-class Scoring(Job):
+class Scoring(Reading):
     """Records for one soft prompt that takes the likeliest answers, labels or tags."""
 
     kind = "scored"
@@ -127,10 +128,6 @@ class Scoring(Job):
         for record in self._records:
             context_of(task.renderer, record)
             self._tokens += sum(len(row.ids) for row in task.rows(record))
-
-    def joins(self, batch: Sequence[Scoring], engine: Engine) -> bool:
-        """Any records can be read together."""
-        return True
 
     @classmethod
     def run(cls, engine: Engine, jobs: Sequence[Scoring], batch_size: int) -> None:
@@ -176,8 +173,7 @@ class Writing(Job):
         self._max_new_tokens, self._most_new_tokens = max_new_tokens, most_new_tokens
         self._on_piece = on_piece
         self._untold: list[TokenLogprob] = []
-        self._context: list[int] = []
-        self._new_tokens = 0
+        self._answer: Answer | None = None
 
     def prepare(self, engine: Engine, loaded: LoadedPrompt | None) -> None:
         """Render the context, and see how much room it leaves."""
@@ -185,51 +181,33 @@ class Writing(Job):
         task = None if loaded is None else loaded.task
         assert task is None or isinstance(task, Generation)
         usual = GenerationOptions().max_new_tokens if task is None else task.config.max_new_tokens
-        self._new_tokens = self._max_new_tokens or min(usual, self._most_new_tokens)
-        self._context = self._make_context(loaded, self._new_tokens)
-        limit = engine.backbone.context_limit
-        if limit is not None:
-            self._new_tokens = min(self._new_tokens, limit - len(self._context))
-
-    def joins(self, batch: Sequence[Writing], engine: Engine) -> bool:
-        """Options must be the same, a seed alone, and every answer must have room behind the longest context."""
-        if any(other._options != self._options for other in batch) or self._options.seed is not None:
-            return False
-        limit, together = engine.backbone.context_limit, [self, *batch]
-        longest, most = max(len(job._context) for job in together), max(job._new_tokens for job in together)
-        return limit is None or longest + most <= limit
-
-    @classmethod
-    def run(cls, engine: Engine, jobs: Sequence[Writing], batch_size: int) -> None:
-        """Continue all contexts together, each up to its own length or until it is called off."""
-
-        def on_text(number: int, text: str) -> None:
-            job = jobs[number]
-            if job._on_piece is not None and not job.called_off:
-                job._on_piece(Piece(text, job._told()))
-
-        def on_logprobs(number: int, logprobs: tuple[TokenLogprob, ...]) -> None:
-            jobs[number]._untold += logprobs
-
-        def on_done(number: int, generated: Generated) -> None:
-            job = jobs[number]
-            read, wrote = len(job._context), len(generated.ids)
-            job.answer(Written(generated.text, generated.finished, read, wrote, generated.logprobs, job._told()))
-
-        def go_on(number: int, length: int) -> bool:
-            return length < jobs[number]._new_tokens and not jobs[number].called_off
-
-        longest = max(job._new_tokens for job in jobs)
-        generate(
-            engine.backbone,
-            [job._context for job in jobs],
-            jobs[0]._options.model_copy(update={"max_new_tokens": longest}),
-            batch_size=len(jobs),
-            on_text=on_text if any(job._on_piece for job in jobs) else None,
-            on_logprobs=on_logprobs if any(job._on_piece for job in jobs) else None,
-            on_done=on_done,
-            go_on=go_on,
+        length = self._max_new_tokens or min(usual, self._most_new_tokens)
+        context = self._make_context(loaded, length)
+        listener = Listener(
+            on_text=self._say if self._on_piece else None,
+            on_done=self._finish,
+            go_on=lambda _length: not self.called_off,
+            on_logprobs=self._keep if self._on_piece else None,
         )
+        options = self._options.model_copy(update={"max_new_tokens": length})
+        self._answer = Answer(engine.backbone, context, options, listener)
+
+    @property
+    def text(self) -> Answer:
+        """What is written; once it is prepared."""
+        assert self._answer is not None
+        return self._answer
+
+    def _say(self, text: str) -> None:
+        if self._on_piece is not None and not self.called_off:
+            self._on_piece(Piece(text, self._told()))
+
+    def _keep(self, logprobs: tuple[TokenLogprob, ...]) -> None:
+        self._untold += logprobs
+
+    def _finish(self, generated: Generated) -> None:
+        read, wrote = len(self.text.context), len(generated.ids)
+        self.answer(Written(generated.text, generated.finished, read, wrote, generated.logprobs, self._told()))
 
     def _told(self) -> tuple[TokenLogprob, ...] | None:
         """Return the log-probabilities that came since, and forget them."""

@@ -1,7 +1,8 @@
 """One thread owns the engine; what arrives together shares batches.
 
-Jobs wait in the order of their coming. The thread takes the oldest and all others that can be answered with it, up to a
-batch; a batch of texts grows until its last has ended, each handed over when it has. Knows no HTTP but refusals.
+Jobs wait in the order of their coming. In each round the thread reads a batch of those that are read at once, lets as
+many texts join those that are being written as there is room for, and writes a token of each: so neither a long text
+nor a crowd of one kind holds up the others. Knows no HTTP but refusals.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Sequence
 
 from ptune.engine import Engine
 from ptune.errors import PtuneError
-from ptune.serve.jobs import Job
+from ptune.generation import Writer
+from ptune.serve.jobs import Job, Reading, Writing
 from ptune.serve.metrics import Metrics
 from ptune.serve.prompts import VersionsInMemory
 from ptune.serve.refusals import RefusedError, internal_error
@@ -34,6 +36,8 @@ class Scheduler:
         self._arrived: list[Job] = []  # not looked at yet
         self._prepared: list[Job] = []  # their soft prompts held; the thread's own
         self._waiting = 0  # texts of both
+        self._writing: list[Writing] = []  # texts that grow
+        self._writer = Writer(engine.backbone)
         self._closing = False
         self._seconds_a_text = 0.0
         self._thread = threading.Thread(target=self._work, name="ptune-engine", daemon=True)
@@ -81,19 +85,27 @@ class Scheduler:
         self._metrics.waiting.set(self._waiting)
 
     def _work(self) -> None:
+        spent = 0.0  # since an answer was last given
         while True:
             for job in self._newly_arrived():
                 self._prepare(job)
-            if batch := self._next_batch():
-                self._run(batch)
-            elif self._closing:
-                return
+            begin = time.monotonic()
+            reading, joining = self._next_batches()
+            if reading:
+                self._read(reading)
+            self._write(joining)
+            answered = sum(job.rows for job in reading) + self._let_written_go()
+            spent += time.monotonic() - begin
+            if answered:
+                self._seconds_a_text, spent = spent / answered, 0.0
             self._versions.sweep()
+            if self._closing and not self._writing and not self._prepared:
+                return
 
     def _newly_arrived(self) -> list[Job]:
         """Wait for work, and then a moment for more of it, unless some waits already."""
         with self._condition:
-            if not self._prepared:
+            if not self._prepared and not self._writing:
                 while not self._arrived and not self._closing:
                     self._condition.wait()
                 until = time.monotonic() + self._settings.gather_seconds
@@ -123,38 +135,69 @@ class Scheduler:
         with self._condition:
             self._count(-job.rows)
 
-    def _next_batch(self) -> list[Job]:
-        """Take the oldest job, and those that can be answered with it."""
-        batch: list[Job] = []
+    def _next_batches(self) -> tuple[list[Reading], list[Writing]]:
+        """Take the oldest job that is read at once with others of its kind, and the texts that there is room for."""
+        reading: list[Reading] = []
+        joining: list[Writing] = []
         rest: list[Job] = []
-        rows = 0
+        rows, most = 0, self._settings.max_batch
         for job in self._prepared:
             if job.called_off:
                 self._end(job)
-            elif not batch or (
-                type(job) is type(batch[0])
-                and rows + job.rows <= self._settings.max_batch
-                and job.joins(batch, self._engine)
+            elif isinstance(job, Writing) and len(self._writing) + len(joining) < most:
+                joining.append(job)
+            elif isinstance(job, Reading) and (
+                not reading or (type(job) is type(reading[0]) and rows + job.rows <= most)
             ):
-                batch.append(job)
+                reading.append(job)
                 rows += job.rows
             else:
                 rest.append(job)
         self._prepared = rest
         with self._condition:
-            self._count(-rows)
-        return batch
+            self._count(-rows - len(joining))
+        return reading, joining
 
-    def _run(self, batch: list[Job]) -> None:
-        rows, begin = sum(job.rows for job in batch), time.monotonic()
+    def _read(self, batch: list[Reading]) -> None:
         # Counted first: who has an answer finds its batch among the counts.
-        self._metrics.batch_rows.labels(batch[0].kind).observe(rows)
+        self._metrics.batch_rows.labels(batch[0].kind).observe(sum(job.rows for job in batch))
         self._answer(batch)
         for job in batch:
             self._let_go(job)
-        self._seconds_a_text = (time.monotonic() - begin) / rows
 
-    def _answer(self, batch: list[Job]) -> None:
+    def _write(self, joining: list[Writing]) -> None:
+        """Let texts join those that are being written, and write a token of each."""
+        if joining:
+            self._metrics.batch_rows.labels(Writing.kind).observe(len(self._writing) + len(joining))
+            try:
+                self._writer.join([job.text for job in joining])
+                self._writing += joining
+            except Exception as error:  # the others go on
+                self._break_off(joining, error)
+        try:
+            self._writer.step()
+        except Exception as error:
+            self._break_off(self._writing, error)
+            self._writing, self._writer = [], Writer(self._engine.backbone)
+
+    def _break_off(self, jobs: Sequence[Job], error: Exception) -> None:
+        if isinstance(error, PtuneError):
+            for job in jobs:
+                job.fail(error)
+        else:
+            self._fail(jobs, error)
+        for job in jobs:
+            self._let_go(job)
+
+    def _let_written_go(self) -> int:
+        """Let texts go that have ended, and return how many."""
+        ended = [job for job in self._writing if job.text.result is not None]
+        self._writing = [job for job in self._writing if job.text.result is None]
+        for job in ended:
+            self._let_go(job)
+        return len(ended)
+
+    def _answer(self, batch: list[Reading]) -> None:
         try:
             type(batch[0]).run(self._engine, batch, self._settings.max_batch)
         except PtuneError as error:  # one request's own mistake, met before it has said a word: the others go on
