@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-import socket
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
-from ptune.errors import ConfigError, MissingExtraError
-
-_LOOPBACK = ("localhost", "127.", "::1")
-_KEEP_ALIVE = 75
-"""Seconds that an idle connection stays: longer than clients keep theirs (httpx and openai: 5), or a request is sent
-into a connection that is being closed, and lost."""
+from ptune.cli.listening import check_extra, checked, json_log, listen, run
+from ptune.errors import ConfigError
 
 
 def serve(
@@ -46,8 +38,48 @@ def serve(
     ] = None,
     watch: Annotated[float | None, typer.Option(help="Seconds between looks at the folder of soft prompts.")] = None,
     log_text: Annotated[bool, typer.Option("--log-text", help="Write users' texts and answers into the log.")] = False,
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option(help="URL of a running server to send requests to; more than once. No model is loaded here."),
+    ] = None,
+    merged: Annotated[
+        Path | None,
+        typer.Option(help="Merged model that engines behind --upstream serve, or its ptune_merged.json."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="ptune, or vllm to start one over --merged and serve its tasks.")] = (
+        "ptune"
+    ),
+    vllm_python: Annotated[str, typer.Option(help="Python that has vLLM.")] = "python3",
+    vllm_arg: Annotated[
+        list[str] | None, typer.Option(help="Argument for vLLM, such as --tensor-parallel-size=2; more than once.")
+    ] = None,
+    vllm_start: Annotated[float, typer.Option(min=1, help="Seconds that vLLM may take to load.")] = 900,
 ) -> None:
     """Serve a backbone, and each soft prompt in a folder as a model, by OpenAI's interface."""
+    if engine not in ("ptune", "vllm"):
+        raise ConfigError(f'--engine is ptune or vllm, not "{engine}"')
+    if engine == "vllm" and (merged is None or not merged.is_dir()):
+        raise ConfigError("--engine vllm serves a merged model: name its folder by --merged; ptune merge writes one")
+    if upstream or engine == "vllm":
+        ours = {"--prompts": prompts, "--max-batch": max_batch, "--prompt-memory": prompt_memory}
+        ours |= {"--key-memory": key_memory, "--log-text": log_text or None}
+        if given := [option for option, value in ours.items() if value is not None]:
+            raise ConfigError(f"{given[0]} is an option of ptune's own engine, which does not run here; leave it out")
+        from ptune.cli.gateway import serve_gateway
+
+        vllm = {"python": vllm_python, "arguments": vllm_arg or [], "start_seconds": vllm_start}
+        theirs: dict[str, float | None] = {
+            "max_body": max_body,
+            "max_items": max_items,
+            "max_tokens": max_tokens,
+            "max_queue": max_queue,
+        }
+        theirs |= {"deadline_seconds": deadline, "watch_seconds": watch}
+        started = vllm if engine == "vllm" else None
+        serve_gateway(upstream or [], merged, started, host, port, tokens_file, drain, theirs)
+        return
+    if merged is not None:
+        raise ConfigError("--merged goes with --engine vllm or --upstream; ptune's own engine serves --prompts")
     limits = {
         "max_body": max_body,
         "max_items": max_items,
@@ -59,60 +91,21 @@ def serve(
         "key_memory": key_memory,
         "watch_seconds": watch,
     }
-    try:
-        import uvicorn
-
-        from ptune.serve.app import create_app
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("fastapi", "prometheus_client", "starlette", "uvicorn"):
-            raise
-        raise MissingExtraError(f"ptune serve needs {error.name}: pip install ptune[serve]") from error
+    check_extra()
     from ptune.cli.quiet import quiet
     from ptune.config import ModelConfig
-    from ptune.serve.logs import JsonLines
+    from ptune.serve.app import create_app
     from ptune.serve.security import read_tokens
     from ptune.serve.settings import ServeSettings
 
     quiet()
-    settings = _checked(ServeSettings, log_text=log_text, **{k: v for k, v in limits.items() if v is not None})
-    model = _checked(ModelConfig, name=backbone, dtype=dtype, device=device)
+    settings = checked(ServeSettings, log_text=log_text, **limits)
+    model = checked(ModelConfig, name=backbone, dtype=dtype, device=device)
     tokens = read_tokens(tokens_file)
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    log = logging.getLogger(__name__)
-    listening = _listen(host, port)
+    log = json_log(__name__)
+    listening = listen(host, port)
     from ptune.engine import Engine
 
-    with listening, Engine(model) as engine:
-        app = create_app(engine, prompts, settings, tokens)
-        address, number = listening.getsockname()[:2]
-        url = f"http://{f'[{address}]' if ':' in address else address}:{number}/v1"
-        log.info("serving", extra={"url": url, "backbone": backbone, "tokens": len(tokens)})
-        if not tokens and not host.startswith(_LOOPBACK):
-            log.warning("anybody who reaches this address can use the server: no tokens are set")
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=drain, timeout_keep_alive=_KEEP_ALIVE
-        )
-        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has drained: the end is ours
-        uvicorn.Server(config).run(sockets=[listening])
+    with listening, Engine(model) as engine_:
+        run(create_app(engine_, prompts, settings, tokens), listening, drain, len(tokens), log, backbone=backbone)
     log.info("stopped")
-
-
-def _checked(settings: type[Any], **values: Any) -> Any:
-    try:
-        return settings(**values)
-    except ValidationError as error:
-        entry = error.errors()[0]
-        option = "--" + str(entry["loc"][0]).replace("_", "-").removesuffix("-seconds") if entry["loc"] else "limits"
-        raise ConfigError(f"{option}: {entry['msg'].removeprefix('Value error, ')}") from None
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}); choose another by --host and --port"
-        ) from error

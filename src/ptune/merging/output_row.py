@@ -9,23 +9,23 @@ origin, and behind a final LayerNorm with a bias such a row exists exactly; in g
 measured on states that it was not fitted to, with what the family does behind its head (scale, soft cap) done by the
 family itself.
 
-States come from texts that the model itself writes: from single words of its vocabulary, and from the contexts of the
-soft prompts. Shapes: B batch, T tokens, N positions, H width, V rows.
+States come from texts that the model itself writes: from single words of its vocabulary, from the contexts of the soft
+prompts and, since what breaks a row is a rare kind of state, on from where rows so far were worst. Each state is
+computed once, whatever is tried on it. Shapes: N positions, H width, V rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptune.backbone import Backbone
-from ptune.batch import IGNORED, Row, collate
 from ptune.errors import BackboneError
-from ptune.generation import GenerationOptions, generate
+from ptune.merging.final_states import Positions, behind_head, read, write
 from ptune.merging.tokenizer_files import opening_ids
 
 LIMIT = 1e-6
@@ -33,12 +33,13 @@ LIMIT = 1e-6
 TOLERATED = 0.05
 """Most of it at a rare position, where the mean keeps to the limit: far from ever being the likeliest."""
 _SAFE = 1e-12
-_MARGINS = (30.0, 60.0, 1000.0)
-_RIDGES = (1e-1, 1e-3, 1e-6)
-_ROUNDS = (128, 512, 2048)
+_MARGINS = (20.0, 40.0, 100.0)
+_RIDGES = (1e-1, 1e-2, 1e-4)
+_ROUNDS = (128, 256, 512)
 _CONFIRMED = 256
-_WRITTEN = 32
-_BATCH = 8  # texts whose logits are held at once
+_WORST = 16  # positions from which the model writes on
+_ALONE = 2  # words that are read besides, for each text that is written
+_ENOUGH = 5_000, 16  # held-out positions, and of them for each number of a row: more do not make rows better
 
 
 @dataclass(frozen=True)
@@ -60,28 +61,11 @@ class OutputRow:
     positions: int
 
 
-def sample_texts(
-    backbone: Backbone, contexts: Sequence[Sequence[int]], count: int, seed: int, *, singles: bool = True
-) -> list[list[int]]:
-    """Return ids of texts: what the model writes behind ``count`` words and behind contexts, and single words."""
-    generator = torch.Generator().manual_seed(seed)
-    tokenizer, limit = backbone.tokenizer, backbone.context_limit
-    opening = opening_ids(tokenizer)
-    words = torch.randint(len(tokenizer), (9 * count,), generator=generator).tolist()
-    short = [[*opening, word] for word in words[:count]]
-    alone = [[*opening, word] for word in words[count:]] if singles else []
-    room = _WRITTEN if limit is None else min(_WRITTEN, limit - len(opening) - 1)
-    long = [list(ids) for ids in contexts if limit is None or len(ids) + room <= limit]
-    options = GenerationOptions(max_new_tokens=room, do_sample=True, seed=seed)
-    written = generate(backbone, [*short, *long], options, batch_size=256)
-    return [*([*start, *answer.ids] for start, answer in zip([*short, *long], written, strict=True)), *alone]
-
-
 def find_output_row(backbone: Backbone, contexts: Sequence[Sequence[int]], count: int, dtype: torch.dtype) -> OutputRow:
     """Return the row that keeps ``count`` virtual tokens from being generated.
 
-    It is fitted to every other text, measured on the rest, and what is good there is confirmed on new texts; where that
-    shows too little for a row of a wide model, which has as many numbers that chance may fit, there come more texts.
+    It is fitted to every other text, measured on the rest, and what is good there is confirmed on new texts. Where it
+    does not hold there come more texts, for the row of a wide model has as many numbers that chance may fit.
 
     Args:
         backbone: its table holds the virtual tokens that stand in ``contexts``.
@@ -90,24 +74,34 @@ def find_output_row(backbone: Backbone, contexts: Sequence[Sequence[int]], count
         dtype: what the row is stored in.
 
     Raises:
-        BackboneError: none keeps their summed probability below `LIMIT`, nor the mean there and each below `TOLERATED`.
+        BackboneError: none keeps their summed probability below `LIMIT` nor, when enough was tried, the mean there and
+            each below `TOLERATED`.
     """
-    texts: list[list[int]] = []
+    opening = opening_ids(backbone.tokenizer)
+    known = read(backbone, contexts)
+    worst: list[list[int]] = []
     for number, size in enumerate(_ROUNDS):
-        texts += sample_texts(backbone, contexts, size, 2 * number)
-        best = _best_row(backbone, texts[::2], texts[1::2], count, dtype)
-        if best.probability >= LIMIT:
+        words = _words(backbone, opening, (1 + _ALONE) * size, 2 * number)
+        known += read(backbone, words)
+        starts = [*words[: size // 2], *_repeated(contexts, size // 2), *_repeated(worst, 2 * len(worst))]
+        known += write(backbone, starts, 2 * number)
+        held_out = known.half(1)
+        best, chances = _best_row(backbone, known.half(0), held_out, count, dtype)
+        worst = _distinct(held_out, chances)
+        enough = len(held_out) >= max(_ENOUGH[0], _ENOUGH[1] * len(best.weight))
+        if not _keeps(best, enough):
             continue
-        # A rare state may not have been among them; words that stand alone, which no text does, are not counted.
-        fresh = sample_texts(backbone, contexts, _CONFIRMED, 2 * number + 1, singles=False)
-        greatest, mean, positions = _measure(backbone, fresh, best.weight.to(backbone.device), best.bias or 0.0, count)
-        whole = best.positions + positions
-        mean = (best.mean * best.positions + mean * positions) / whole
-        best = replace(best, probability=max(best.probability, greatest), mean=mean, positions=whole)
-        if best.probability < LIMIT:
+        # A rare state may not have been among them.
+        words = _words(backbone, opening, _CONFIRMED // 2, 2 * number + 1)
+        starts = [*words, *_repeated(contexts, _CONFIRMED // 2), *worst]
+        fresh = write(backbone, starts, 2 * number + 1)
+        new = _chances(backbone, fresh, best.weight, best.bias or 0.0, count)
+        worst += _distinct(fresh, new)
+        best = _measured(best.weight, best.bias, torch.cat([chances, new]))
+        if _keeps(best, enough):
             return best
-        texts += fresh
-    if best.probability < TOLERATED and best.mean < LIMIT:
+        known += fresh
+    if _keeps(best, True):
         return best
     raise BackboneError(
         f'virtual tokens cannot be kept from being generated by "{backbone.name}": its final hidden states point every '
@@ -116,29 +110,71 @@ def find_output_row(backbone: Backbone, contexts: Sequence[Sequence[int]], count
     )
 
 
+def _keeps(row: OutputRow, enough: bool) -> bool:
+    """Whether a row keeps virtual tokens from being generated, as far as may be asked where enough was tried."""
+    return row.probability < LIMIT or (enough and row.probability < TOLERATED and row.mean < LIMIT)
+
+
+def _words(backbone: Backbone, opening: list[int], count: int, seed: int) -> list[list[int]]:
+    """Return ids of texts of one word each."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(len(backbone.tokenizer), (count,), generator=generator).tolist()
+    return [[*opening, word] for word in words]
+
+
+def _repeated(starts: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
+    """Return ``count`` starts or more, each an even number of times, for it shall be in either half of the texts."""
+    times = 2 * -(-count // (2 * len(starts))) if starts else 0
+    return [start for start in starts for _ in range(times)]
+
+
+def _distinct(positions: Positions, chances: Tensor) -> list[list[int]]:
+    """Return the texts up to the positions with the greatest chances ``[N]``, one of each text."""
+    found: dict[int, int] = {}
+    for position in chances.argsort(descending=True).tolist():
+        found.setdefault(int(positions.text[position]), position)
+        if len(found) == _WORST:
+            break
+    return positions.starts(torch.tensor(list(found.values())))
+
+
 def _best_row(
-    backbone: Backbone, texts: Sequence[list[int]], held_out: Sequence[list[int]], count: int, dtype: torch.dtype
-) -> OutputRow:
-    """Return the best of a few rows that are fitted to texts, as held-out ones measure it."""
+    backbone: Backbone, positions: Positions, held_out: Positions, count: int, dtype: torch.dtype
+) -> tuple[OutputRow, Tensor]:
+    """Return the first good one of rows fitted to positions, as held-out ones measure it, or the best; its chances."""
     head = backbone.model.get_output_embeddings()
     bias = None if getattr(head, "bias", None) is None else -1e4
     if bias is None:
-        rows = _candidates(head.weight.detach().double().mean(0), *_final_states(backbone, texts), count)
+        mean_row = head.weight.detach().double().mean(0).cpu()
+        rows = _candidates(mean_row, positions.states.double(), positions.given, count)
     else:
-        rows = iter([torch.zeros_like(head.weight[0])])
-    best = OutputRow(head.weight[0], bias, 1.0, 1.0, 0)
+        rows = iter([torch.zeros(head.weight.shape[1])])
+    best: tuple[OutputRow, Tensor] | None = None
     for row in rows:
-        stored = row.to(dtype)
-        found = OutputRow(stored.cpu(), bias, *_measure(backbone, held_out, stored, bias or 0.0, count))
-        if found.probability <= best.probability:
-            best = found
-        if best.probability < _SAFE:
-            break
+        weight = row.to(dtype)
+        chances = _chances(backbone, held_out, weight, bias or 0.0, count)
+        found = _measured(weight, bias, chances)
+        if best is None or found.probability < best[0].probability:
+            best = found, chances
+        if best[0].probability < _SAFE:
+            break  # those that follow go further from the mean row, for no need
+    assert best is not None
     return best
 
 
+def _measured(weight: Tensor, bias: float | None, chances: Tensor) -> OutputRow:
+    return OutputRow(weight, bias, float(chances.max()), float(chances.mean()), len(chances))
+
+
+def _chances(backbone: Backbone, positions: Positions, row: Tensor, bias: float, count: int) -> Tensor:
+    """Return the summed probabilities of ``count`` tokens of output ``row`` [H] at positions, ``[N]`` float64."""
+    head = positions.states @ row.to(positions.states) + bias  # [N, H] -> [N]
+    virtual = behind_head(backbone, head).double() + math.log(count)
+    return (virtual - positions.evidence).sigmoid()
+
+
 def _candidates(mean_row: Tensor, states: Tensor, evidence: Tensor, count: int) -> Iterator[Tensor]:
-    """Yield rows ``[H]``, the most promising by a share of the states kept apart first.
+    """Yield rows ``[H]``, the most promising first: by a share of the states kept apart, then by the way to them.
 
     Args:
         mean_row: of the head, ``[H]`` float64.
@@ -148,12 +184,14 @@ def _candidates(mean_row: Tensor, states: Tensor, evidence: Tensor, count: int) 
     """
     slack = evidence - states @ mean_row - math.log(count)  # [N], by how much the mean row is below already
     apart = torch.arange(len(states), device=states.device) % 4 == 0
-    found: list[tuple[float, int, Tensor]] = []
+    found: list[tuple[float, float, Tensor]] = []
     for margin in _MARGINS:
         for ridge in _RIDGES:
             step = _step_below(states[~apart], slack[~apart] - margin, ridge)
-            found.append((float((states[apart] @ step - slack[apart]).max()), len(found), mean_row + step))
-    yield from (row for _, _, row in sorted(found)[:3])
+            over = float((states[apart] @ step - slack[apart]).max())
+            # The mean row is below at any state, so of steps that do, the shortest has least to go wrong with.
+            found.append((max(over, math.log(_SAFE)), float(step.norm()), mean_row + step))
+    yield from (row for _, _, row in sorted(found, key=lambda one: one[:2])[:3])
 
 
 def _step_below(states: Tensor, bounds: Tensor, ridge: float) -> Tensor:
@@ -171,67 +209,3 @@ def _step_below(states: Tensor, bounds: Tensor, ridge: float) -> Tensor:
             break
         active = over > 0
     return best
-
-
-def _final_states(backbone: Backbone, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return what the head is shown at every position of texts, ``[N, H]``, and its logsumexp, ``[N]``, in float64."""
-    states: list[Tensor] = []
-    evidence: list[Tensor] = []
-
-    def keep(_module: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> None:
-        states.append(arguments[0].detach().double())
-        evidence.append(logits.detach().float().logsumexp(-1).double())
-
-    hook = backbone.model.get_output_embeddings().register_forward_hook(keep)
-    try:
-        for ids, mask in _batches(backbone, texts):
-            _logits(backbone, ids, mask)
-    finally:
-        hook.remove()
-    return torch.cat(states), torch.cat(evidence)
-
-
-def _measure(
-    backbone: Backbone, texts: Sequence[Sequence[int]], row: Tensor, bias: float, count: int
-) -> tuple[float, float, int]:
-    """Return summed probabilities of ``count`` tokens of output ``row`` [H]: the greatest, the mean, and how many."""
-    greatest, total, positions = 0.0, 0.0, 0
-    head = backbone.model.get_output_embeddings()
-
-    def extend(module: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        column = arguments[0] @ row.to(arguments[0])[:, None] + bias  # [..., H] -> [..., 1]
-        return torch.cat([logits, column.to(logits)], -1)
-
-    hook = head.register_forward_hook(extend)
-    try:
-        for ids, mask in _batches(backbone, texts):
-            logits = _logits(backbone, ids, mask).float()  # [N, V + 1]
-            virtual = logits[:, -1] + math.log(count)
-            others = logits[:, :-1].logsumexp(-1)
-            probabilities = (virtual - others).double().sigmoid()
-            greatest, total = max(greatest, float(probabilities.max())), total + float(probabilities.sum())
-            positions += len(logits)
-    finally:
-        hook.remove()
-    return greatest, total / positions, positions
-
-
-def _logits(backbone: Backbone, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return logits at all positions that are no pads, of ids and mask ``[B, T]``: by the plain forward pass."""
-    plan, backbone.plan = backbone.plan, "reference"
-    try:
-        with torch.no_grad():
-            return backbone.logits(ids, mask, mask.bool())
-    finally:
-        backbone.plan = plan
-
-
-def _batches(backbone: Backbone, texts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ids and mask ``[B, T]`` of texts of like length, so many that their logits take little memory."""
-    ordered = sorted(texts, key=len)
-    while ordered:
-        size = _BATCH * max(1, (_WRITTEN + 2) // len(ordered[0]))
-        rows = [Row(tuple(ids), (IGNORED,) * len(ids)) for ids in ordered[:size]]
-        ordered = ordered[size:]
-        batch = collate(rows, backbone.tokenizer.pad_token_id)
-        yield batch.input_ids, batch.attention_mask

@@ -13,7 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ptune.serve.metrics import Metrics
+from ptune.serve.metrics import RequestMetrics
 from ptune.serve.refusals import internal_error
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class JsonLines(logging.Formatter):
 class Observed:
     """ASGI middleware around everything: counts and logs each request, and answers 500 where nothing else did."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

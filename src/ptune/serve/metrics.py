@@ -9,8 +9,8 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Metrics:
-    """Requests, tokens, latencies, batches, and the soft prompts in memory."""
+class RequestMetrics:
+    """What every server counts: requests, tokens, latencies."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -23,6 +23,18 @@ class Metrics:
             registry=registry,
         )
         self.tokens = Counter("ptune_tokens", "Tokens read and written.", ("kind",), registry=registry)
+
+    def text(self) -> bytes:
+        """Return all of it in Prometheus' own format."""
+        return generate_latest(self._registry)
+
+
+class Metrics(RequestMetrics):
+    """Of a server over an engine: batches, and the soft prompts in memory, as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        registry = self._registry
         self.batch_rows = Histogram(
             "ptune_batch_rows", "Texts answered together.", ("kind",), buckets=_ROWS, registry=registry
         )
@@ -32,6 +44,14 @@ class Metrics:
         self.key_bytes = Gauge("ptune_key_bytes_in_memory", "Bytes of kept keys and values.", registry=registry)
         self.loads = Counter("ptune_prompt_loads", "Soft prompts read from disk.", registry=registry)
 
-    def text(self) -> bytes:
-        """Return all of it in Prometheus' own format."""
-        return generate_latest(self._registry)
+
+class GatewayMetrics(RequestMetrics):
+    """Of a gateway: the servers behind it, as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        registry = self._registry
+        self.alive = Gauge("ptune_upstreams_alive", "Servers behind this one that answer.", registry=registry)
+        self.in_flight = Gauge("ptune_upstream_requests", "Requests that they work on.", registry=registry)
+        self.retries = Counter("ptune_retries", "Requests sent again, to another server.", registry=registry)
+        self.broken = Counter("ptune_broken_streams", "Streams that ended in an error event.", registry=registry)

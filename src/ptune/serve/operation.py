@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from ptune.serve.metrics import CONTENT_TYPE
+from ptune.serve.metrics import CONTENT_TYPE, RequestMetrics
 from ptune.serve.protocol import Health
-from ptune.serve.service import Service
 
 
-def operation_routes(service: Service) -> APIRouter:
-    """Return the routes of a server."""
+def operation_routes(ready: Callable[[], bool], metrics: RequestMetrics) -> APIRouter:
+    """Return the routes of a server that tells whether it is ready, and of what it counts."""
     router = APIRouter(tags=["operation"])
 
     @router.get("/healthz", response_model=Health)
@@ -24,13 +24,13 @@ def operation_routes(service: Service) -> APIRouter:
     @router.get("/readyz", response_model=Health, responses={503: {"model": Health}})
     async def readyz() -> Any:
         """Tell whether requests will be answered."""
-        if service.scheduler.alive:
+        if ready():
             return Health(status="ready")
         return JSONResponse(Health(status="not ready").model_dump(), 503)
 
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
+    async def counted() -> Response:
         """Show what was counted, for Prometheus."""
-        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return router

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,9 +17,9 @@ from ptune.serve.jobs import Job, Piece, Scored, Written
 from ptune.serve.metrics import Metrics
 from ptune.serve.prompts import PromptFolder
 from ptune.serve.protocol import Usage
-from ptune.serve.refusals import RefusedError
 from ptune.serve.scheduler import Scheduler
 from ptune.serve.settings import ServeSettings
+from ptune.serve.waiting import too_late, while_there
 
 T = TypeVar("T")
 
@@ -68,28 +68,12 @@ class Service:
         self.scheduler.submit(jobs)
         together = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
         try:
-            return await self.while_there(request, asyncio.wait_for(together, self.settings.deadline_seconds))
+            return await while_there(request, asyncio.wait_for(together, self.settings.deadline_seconds))
         except asyncio.TimeoutError:
-            raise self._too_late() from None
+            raise too_late(self.settings.deadline_seconds) from None
         finally:
             for job in jobs:
                 job.future.cancel()
-
-    async def while_there(self, request: Request, answer: Awaitable[T]) -> T:
-        """Wait for an answer as long as the client does.
-
-        Raises:
-            RefusedError: 499, the client went away.
-        """
-        gone, waiting = asyncio.ensure_future(_gone(request)), asyncio.ensure_future(answer)
-        try:
-            await asyncio.wait({gone, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                raise RefusedError(499, "the client went away")
-            return waiting.result()
-        finally:
-            gone.cancel()
-            waiting.cancel()
 
     async def events(self, jobs: Sequence[Job], queue: asyncio.Queue[Heard]) -> AsyncIterator[Event]:
         """Submit jobs that put their text into ``queue``, and yield it until all have ended. Closed, it calls them off.
@@ -107,7 +91,7 @@ class Service:
                 try:
                     number, what = await asyncio.wait_for(queue.get(), until - time.monotonic())
                 except asyncio.TimeoutError:
-                    raise self._too_late() from None
+                    raise too_late(self.settings.deadline_seconds) from None
                 if isinstance(what, Piece):
                     yield number, what
                 else:
@@ -126,10 +110,6 @@ class Service:
         request.state.note |= {"model": model, "prompt_tokens": read, "completion_tokens": wrote}
         return Usage(prompt_tokens=read, completion_tokens=wrote, total_tokens=read + wrote)
 
-    def _too_late(self) -> RefusedError:
-        seconds = self.settings.deadline_seconds
-        return RefusedError(504, f"no answer within {seconds:g} s; ask for less, or later", code="deadline_exceeded")
-
 
 def hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], event: Any) -> None:
     """Put an event into a queue of the loop from another thread; nowhere, if the loop is gone."""
@@ -141,8 +121,3 @@ def _hand_over_future(
     loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Heard], number: int, future: Future[Any]
 ) -> None:
     hand_over(loop, queue, (number, future))
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -30,3 +30,14 @@ class ServeSettings(Settings):
                 "never be taken; raise max_queue or lower max_items"
             )
         return self
+
+
+class GatewaySettings(Settings):
+    """What a gateway allows."""
+
+    max_body: int = Field(1_000_000, gt=0, description="Bytes of a request's body.")
+    max_items: int = Field(128, gt=0, description="Texts of one request.")
+    max_tokens: int = Field(1024, gt=0, description="Most new tokens of an answer.")
+    max_queue: int = Field(1024, gt=0, description="Requests in flight; beyond it a request gets 429.")
+    deadline_seconds: float = Field(120.0, gt=0, description="After so long a request gets 504.")
+    watch_seconds: float = Field(2.0, gt=0, description="How often the servers behind it are looked at.")

@@ -36,6 +36,7 @@ from ptune.serve.protocol import (
 )
 from ptune.serve.refusals import RefusedError, refusal_of
 from ptune.serve.service import Event, Heard, Service, hand_over
+from ptune.serve.waiting import while_there
 
 Context = Callable[..., list[int]]
 """Makes ids of the loaded soft prompt, or None for the bare model, and of how many tokens the answer may have."""
@@ -189,7 +190,7 @@ class _Asked:
     async def stream(self, shapes: _CompletionEvents | _ChatEvents) -> StreamingResponse:
         """Return the answer as server-sent events. What is refused before the first of them is refused by status."""
         events = self._service.events(self._jobs, self._queue)
-        first = await self._service.while_there(self._request, anext(events))
+        first = await while_there(self._request, anext(events))
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(self._lines(shapes, first, events), media_type="text/event-stream", headers=headers)
 
