@@ -73,56 +73,50 @@ class Positions:
         return [self.texts[text][: place + 1] for text, place in pairs]
 
 
-def read(backbone: Backbone, texts: Sequence[Sequence[int]]) -> Positions:
-    """Return the last position of each text: where the model would write on."""
-    lengths = torch.tensor([len(ids) for ids in texts])
-    order = lengths.argsort(stable=True)
-    with _taken(backbone) as taken, torch.no_grad():
-        for numbers in _batches(order.tolist(), lengths.tolist()):
-            rows = [Row(tuple(texts[number]), (IGNORED,) * len(texts[number])) for number in numbers]
-            batch = collate(rows, backbone.tokenizer.pad_token_id)
-            ends = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
-            ends[torch.arange(len(rows)), lengths[numbers] - 1] = True
-            plan, backbone.plan = backbone.plan, "reference"
-            try:
-                backbone.logits(batch.input_ids, batch.attention_mask, ends)
-            finally:
-                backbone.plan = plan
-    own = order.argsort()  # back to the order of the texts
-    return Positions(
-        [list(ids) for ids in texts], torch.arange(len(texts)), lengths - 1, *(torch.cat(parts)[own] for parts in taken)
-    )
+def read(backbone: Backbone, texts: Sequence[Sequence[int]], firsts: Sequence[int] | None = None) -> Positions:
+    """Return positions of each text, in the order of the texts, by the plain forward pass.
+
+    Args:
+        backbone: the model.
+        texts: ids of each, one at least.
+        firsts: from which place on, of each; where absent, the last alone: where the model would write on.
+    """
+    lengths = [len(ids) for ids in texts]
+    firsts = [length - 1 for length in lengths] if firsts is None else firsts
+    order = sorted(range(len(texts)), key=lengths.__getitem__)
+    plan, backbone.plan = backbone.plan, "reference"
+    try:
+        with _taken(backbone) as taken, torch.no_grad():
+            for numbers in _batches(order, lengths):
+                rows = [Row(tuple(texts[number]), (IGNORED,) * lengths[number]) for number in numbers]
+                batch = collate(rows, backbone.tokenizer.pad_token_id)
+                asked = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+                for row, number in enumerate(numbers):
+                    asked[row, firsts[number] : lengths[number]] = True
+                backbone.logits(batch.input_ids, batch.attention_mask, asked)
+    finally:
+        backbone.plan = plan
+    text = torch.tensor([number for number in order for _ in range(firsts[number], lengths[number])], dtype=torch.long)
+    place = [place for number in order for place in range(firsts[number], lengths[number])]
+    own = text.argsort(stable=True)  # back to the order of the texts
+    parts = (torch.tensor(place, dtype=torch.long), *map(torch.cat, taken))
+    return Positions([list(ids) for ids in texts], text[own], *(part[own] for part in parts))
 
 
 def write(backbone: Backbone, starts: Sequence[Sequence[int]], seed: int) -> Positions:
     """Return the positions of what the model writes behind starts, by chance: those behind the starts alone.
 
-    Starts beyond the model's limit are left out.
+    Starts beyond the model's limit are left out, and those behind which it writes nothing.
     """
     room = WRITTEN if backbone.context_limit is None else min(WRITTEN, backbone.context_limit // 2)
     limit = backbone.context_limit
     ordered = sorted((list(ids) for ids in starts if limit is None or len(ids) + room <= limit), key=len, reverse=True)
-    texts: list[list[int]] = []
-    columns: list[list[Tensor]] = [[], [], [], [], []]
     options = GenerationOptions(max_new_tokens=room, do_sample=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for first in range(0, len(ordered), _WRITTEN_ROWS):
-            batch = ordered[first : first + _WRITTEN_ROWS]
-            with _taken(backbone) as taken:
-                answers = generate(backbone, batch, options, batch_size=len(batch))
-            # The head was asked once for each new token: of the first by a start, of the others by the token before.
-            states, given, evidence = (torch.stack(parts)[1:].transpose(0, 1) for parts in taken)  # [B, T - 1, ...]
-            lengths = torch.tensor([len(answer.ids) for answer in answers])
-            step = torch.arange(states.shape[1])
-            told = step < lengths[:, None]  # [B, T - 1]
-            before = torch.tensor([len(ids) for ids in batch])[:, None]
-            number = (len(texts) + torch.arange(len(batch)))[:, None]
-            parts = (number.expand_as(told), before + step, states, given, evidence)
-            for column, part in zip(columns, parts, strict=True):
-                column.append(part[told])
-            texts += [[*ids, *answer.ids] for ids, answer in zip(batch, answers, strict=True)]
-    return Positions(texts, *map(torch.cat, columns))
+        answers = generate(backbone, ordered, options, batch_size=_WRITTEN_ROWS)
+    written = [(start, answer.ids) for start, answer in zip(ordered, answers, strict=True) if answer.ids]
+    return read(backbone, [[*start, *ids] for start, ids in written], [len(start) for start, _ in written])
 
 
 def behind_head(backbone: Backbone, values: Tensor) -> Tensor:
@@ -156,12 +150,12 @@ def _taken(backbone: Backbone) -> Iterator[list[list[Tensor]]]:
 
     def at_head(_module: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> None:
         if logits.numel():  # else it is run for its keys and values alone
-            taken[0].append(_last(arguments[0]).detach().cpu())
-            taken[1].append(_last(logits).detach().float().logsumexp(-1).double().cpu())
+            taken[0].append(arguments[0].detach().cpu())
+            taken[1].append(logits.detach().float().logsumexp(-1).double().cpu())
 
     def at_end(_module: nn.Module, _arguments: Any, output: Any) -> None:
         if output.logits.numel():
-            taken[2].append(_last(output.logits).detach().float().logsumexp(-1).double().cpu())
+            taken[2].append(output.logits.detach().float().logsumexp(-1).double().cpu())
 
     hooks = [
         backbone.model.get_output_embeddings().register_forward_hook(at_head),
@@ -172,11 +166,6 @@ def _taken(backbone: Backbone) -> Iterator[list[list[Tensor]]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _last(values: Tensor) -> Tensor:
-    """Return the last column of ``[B, T, ...]``; chosen positions ``[N, ...]`` as they are."""
-    return values[:, -1] if values.dim() == 3 else values
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
