@@ -75,6 +75,21 @@ def test_the_right_choice_is_named_by_number_field_or_text() -> None:
         task.rows({"premise": "x", "one": "a", "two": "  "})
 
 
+def test_a_label_that_means_two_choices_is_refused_until_a_setting_says_which() -> None:
+    record = Record({"premise": "1 and 1 is", "one": "1", "two": "2", "three": "0", "label": "1"}, "sums.jsonl, line 4")
+    found = 'sums.jsonl, line 4: "1" in the field "label" is the choice "two" by its number and "one" by its text'
+    with pytest.raises(DataError, match=f"{found}; say which it is as task.label_by"):
+        choice("gpt2")[1].target(record)
+    for label_by, right in (("number", 1), ("text", 0)):
+        assert choice("gpt2", label_by=label_by)[1].target(record) == right
+    assert choice("gpt2")[1].target(record | {"two": "1", "one": "2"}) == 1  # both ways the same choice
+    with pytest.raises(DataError, match='"1" in the field "label" is no choice'):
+        choice("gpt2", label_by="field")[1].target(record)
+    twice = Record(record | {"one": "so", "two": "so", "label": "so"}, "sums.jsonl, line 5")
+    with pytest.raises(DataError, match='line 5: "so" .* is the choice "one" by its text and "two" by its text'):
+        choice("gpt2")[1].target(twice)
+
+
 def test_loss_is_the_cross_entropy_of_the_scores() -> None:
     backbone, task = choice("gpt2", normalise=True)
     examples = [task.example(record) for record in RECORDS]

@@ -89,6 +89,9 @@ class ChoiceConfig(Settings):
     label_field: str = Field(
         "label", description="The record's field that names the right one: by number from 0, by field or by text."
     )
+    label_by: Literal["any", "number", "field", "text"] = Field(
+        "any", description="Which of the three a label is, where one could be read as another choice's, too."
+    )
     before: str = Field(" ", description="What stands between the template's end and a choice.")
     normalise: bool = Field(False, description="Score by the mean over a choice's tokens instead of their sum.")
     fit_temperature: bool = Field(True, description=_FIT_TEMPERATURE)

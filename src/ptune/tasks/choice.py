@@ -47,7 +47,7 @@ class Choice(ScoringTask):
         """Return the number of the right choice: the record names it by number from 0, by field or by text.
 
         Raises:
-            DataError: it names none, or something that is no choice.
+            DataError: it names none, several, or something that is no choice.
         """
         field, choices = self.config.label_field, self.config.choices
         if field not in record:
@@ -57,10 +57,26 @@ class Choice(ScoringTask):
                 f"{', '.join(known)}; name the right one as task.label_field.{did_you_mean(field, known)}"
             )
         label = label_text(record[field])
-        texts = [field_text(record, name).strip() for name in choices]
-        for candidates in ([str(number) for number in range(len(choices))], list(choices), texts):
-            if label in candidates:
-                return candidates.index(label)
+        named = {
+            "number": [str(number) for number in range(len(choices))],
+            "field": list(choices),
+            "text": [field_text(record, name).strip() for name in choices],
+        }
+        found = {
+            (kind, number)
+            for kind, names in named.items()
+            if self.config.label_by in ("any", kind)
+            for number, name in enumerate(names)
+            if name == label
+        }
+        if len(right := {number for _, number in found}) == 1:
+            return right.pop()
+        if right:
+            meant = " and ".join(f'"{choices[number]}" by its {kind}' for kind, number in sorted(found))
+            raise DataError(
+                f'{location(record)}: "{label}" in the field "{field}" is the choice {meant}; say which it is as '
+                "task.label_by, which is number, field or text, or mend the record"
+            )
         raise DataError(
             f'{location(record)}: "{label}" in the field "{field}" is no choice; write its number from 0 to '
             f"{len(choices) - 1}, its field ({', '.join(choices)}) or its text"
