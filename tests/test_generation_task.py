@@ -13,7 +13,7 @@ from ptune.errors import DataError, TemplateError
 from ptune.readers import Record
 from ptune.rendering import Renderer
 from ptune.task_config import GenerationConfig
-from ptune.tasks import Generation, build_task
+from ptune.tasks import Generation, build_task, task_for
 from ptune.tasks.generation import rouge_l, score_texts
 from ptune.template import Template
 
@@ -76,8 +76,28 @@ def test_records_that_are_tokenised_already_are_taken_as_they_are(backbone: Back
     example = task.example({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})
     assert example is not None
     assert (example.rows[0].ids[2:], example.weight) == ((5, 6, 7), 2)
+    assert task.shown({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) == example.rows[0]
     with pytest.raises(TemplateError, match="tokenised already"):
         build(backbone).example({"input_ids": [5], "labels": [5]})
+
+
+@pytest.mark.parametrize("ids", [[], [5, 6, 7]], ids=["empty", "nothing-supervised"])
+def test_a_record_that_teaches_nothing_is_named(backbone: Backbone, ids: list[int]) -> None:
+    record = Record({"input_ids": ids, "labels": [-100] * len(ids)}, "a.jsonl, line 2")
+    with pytest.raises(DataError, match=r"^a\.jsonl, line 2 supervises no token, .*; leave the record out$"):
+        build(backbone, "[P*2]{answer}").example(record)
+
+
+def test_what_is_too_long_for_anything_to_be_learnt_is_left_out_and_all_of_it_cannot_be_scored(
+    backbone: Backbone,
+) -> None:
+    template = Template.parse("[P*2]{answer}")
+    for overlong in ("cut", "drop"):
+        task = task_for(backbone, GenerationConfig(), template, max_length=2, overlong=overlong)
+        long = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}
+        assert task.example(long) is None
+        with pytest.raises(DataError, match=r"^all 2 records are left out as longer than 2 tokens .*; shorten them"):
+            task.evaluate(backbone, [long, long], batch_size=2)
 
 
 def test_a_record_without_its_answer_names_the_field_and_the_near_one(backbone: Backbone) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, tiny_tokenizer
@@ -369,6 +370,33 @@ def test_rows_that_are_tokenised_already_get_virtual_tokens_in_front() -> None:
         renderer("[P*2]{answer}").tokenised_row({"input_ids": [5, 6, 7], "labels": [6]})
     with pytest.raises(TemplateError, match=r"go with the template \[P\*10\]\{answer\} and no other"):
         renderer().tokenised_row({"input_ids": [5], "labels": [5]})
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"input_ids": [5, VOCABULARY], "labels": [5, 6]}, f"input_ids holds {VOCABULARY}, and the model knows 0 to "),
+        ({"input_ids": [5, -1], "labels": [5, 6]}, "input_ids holds -1, and the model knows"),
+        (
+            {"input_ids": [5, 6], "labels": [-1, 6]},
+            "labels holds -1, and .*, or -100 where nothing is learnt; tokenise",
+        ),
+        ({"input_ids": [5, 6], "labels": [5, VOCABULARY]}, f"labels holds {VOCABULARY}, and the model knows"),
+        ({"input_ids": "[5, 6]", "labels": [5, 6]}, r"expected a list of integers as input_ids, .* '\[5, 6\]'; write"),
+        ({"input_ids": [5, 6], "labels": None}, "expected a list of integers as labels, .* found None; write"),
+        ({"input_ids": [5, 6]}, "expected a list of integers as labels, .* found none; write"),
+        ({"input_ids": [5, True], "labels": [5, 6]}, r"integers as input_ids, .* found \[5, True\]"),
+        ({"input_ids": [5.0, 6], "labels": [5, 6]}, r"integers as input_ids, .* found \[5.0, 6\]"),
+    ],
+)
+def test_rows_that_are_tokenised_already_hold_ids_of_the_model(values: dict[str, Any], found: str) -> None:
+    with pytest.raises(DataError, match=rf"^train\.jsonl, line 2: {found}"):
+        renderer("[P*2]{answer}").tokenised_row(Record(values, "train.jsonl, line 2"))
+
+
+def test_rows_that_are_tokenised_already_may_be_tensors() -> None:
+    record = {"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([IGNORED, 6])}
+    assert renderer("[P]{answer}").tokenised_row(record) == Row((VOCABULARY, 5, 6), (IGNORED, IGNORED, 6))
 
 
 def test_rows_that_are_tokenised_already_get_no_second_bos() -> None:

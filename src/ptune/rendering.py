@@ -42,6 +42,7 @@ from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind
 from ptune.filling import field_text, filled, location
 from ptune.further import Further, joined
 from ptune.template import Answer, Bos, Field, Optional, Piece, Template, Text, Virtual
+from ptune.tokenised import tokenised_lists
 
 Overlong = Literal["cut", "drop", "error"]
 
@@ -298,13 +299,11 @@ class Renderer:
 
         Raises:
             TemplateError: the template is not virtual tokens followed by the answer.
-            DataError: ``labels`` are missing or of another length, or there are too many ids.
+            DataError: as `tokenised_lists`, or there are too many ids.
         """
         if not all(isinstance(piece, Virtual | Answer) for piece in self.template.pieces):
             raise TemplateError("records that are tokenised already go with the template [P*10]{answer} and no other")
-        ids, labels = list(record["input_ids"]), record.get("labels")
-        if labels is None or len(labels) != len(ids):
-            raise DataError(f"{location(record)}: input_ids and labels should be lists of one length")
+        ids, labels = tokenised_lists(record, self.vocabulary_size)
         room = len(ids) if self.limit is None else self.limit
         if len(ids) > room:
             if room < 1:

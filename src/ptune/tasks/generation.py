@@ -18,6 +18,7 @@ from torch import Tensor
 from ptune.backbone import Backbone
 from ptune.batch import Row, collate
 from ptune.errors import ConfigError, DataError, MissingExtraError, did_you_mean
+from ptune.filling import location
 from ptune.generation import Generated, GenerationOptions, generate
 from ptune.readers import Record
 from ptune.rendering import Renderer
@@ -68,22 +69,35 @@ class Generation(Task):
                     f"{record.location} is a conversation that ends with a question, so nothing can be learnt at its "
                     "end; write its answer, or remove the question"
                 )
-            location, known = getattr(record, "location", "a record"), [str(key) for key in record]
+            known = [str(key) for key in record]
             raise DataError(
-                f'{location} has no answer: it lacks text in the field "{field}" and has {", ".join(known)}; '
+                f'{location(record)} has no answer: it lacks text in the field "{field}" and has {", ".join(known)}; '
                 f"name the right one as task.answer_field.{did_you_mean(field, known)}"
             )
         return str(record[field])
 
     def shown(self, record: Mapping[str, Any]) -> Row | None:
-        """Return the row of a record with its answer and the token that ends it; None where ``overlong`` drops it."""
-        return self.renderer.row(record, self.answer(record))
+        """Return the row of a record with its answer and the token that ends it; None where ``overlong`` drops it.
+
+        A record that is tokenised already is taken as it is.
+        """
+        tokenised = "input_ids" in record and self.answer_field not in record
+        return self.renderer.tokenised_row(record) if tokenised else self.renderer.row(record, self.answer(record))
 
     def example(self, record: Mapping[str, Any]) -> Example | None:
-        """Return a record as one row whose answer is supervised; one that is tokenised already as it is."""
-        tokenised = "input_ids" in record and self.answer_field not in record
-        row = self.renderer.tokenised_row(record) if tokenised else self.renderer.row(record, self.answer(record))
-        return None if row is None else Example((row,), None, weight=_supervised(row))
+        """Return a record as one row whose answer is supervised; None where that is too long.
+
+        Raises:
+            DataError: it has no answer, or none of its tokens is supervised.
+        """
+        row = self.shown(record)
+        if row is None:
+            return None
+        if weight := _supervised(row):
+            return Example((row,), None, weight)
+        if row.cut or row.left_out:  # what it would teach was too long
+            return None
+        raise DataError(f"{location(record)} supervises no token, so it teaches nothing; leave the record out")
 
     def asks(self, examples: Sequence[Example], pad_id: int) -> Asked:
         """Return the examples' rows with their labels."""
@@ -118,8 +132,14 @@ class Generation(Task):
 
         Raises:
             MissingExtraError: BLEU is asked for and sacrebleu is not installed.
+            DataError: all records are too long, and dropped.
         """
         examples = [example for record in records if (example := self.example(record)) is not None]
+        if not examples:
+            raise DataError(
+                f"all {len(records)} records are left out as longer than {self.renderer.limit} tokens of text, so none "
+                "can be scored; shorten them, or train with a higher max_length"
+            )
         examples.sort(key=lambda example: -len(example.rows[0].ids))
         total, pad_id = 0.0, backbone.tokenizer.pad_token_id
         with torch.no_grad():
