@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -114,7 +115,7 @@ def test_every_context_of_a_row_is_the_one_at_generation(name: str, exchanges: l
 
 @pytest.mark.parametrize("name", RENDERERS)
 def test_virtual_tokens_and_the_first_token_stand_once(name: str) -> None:
-    renderer = RENDERERS[name].with_first_virtual_id(1000)
+    renderer = dataclasses.replace(RENDERERS[name], first_virtual_id=1000)
     ids = renderer.context(record_of([("one", "two"), ("three", "four"), ("five", "")]))
     assert [token for token in ids if token >= 1000] == [1000, 1001, 1002]
     assert ids[:3] == [1000, 1001, 1002]
@@ -126,7 +127,7 @@ def test_virtual_tokens_and_the_first_token_stand_once(name: str) -> None:
 @pytest.mark.parametrize("system", [None, "Be {mood}."])
 def test_a_conversation_in_a_chat_template_is_the_tokenizers_own(make: Any, system: str | None) -> None:
     tokenizer = make(CHATML)
-    renderer = renderer_of(tokenizer, system).with_first_virtual_id(1000)
+    renderer = dataclasses.replace(renderer_of(tokenizer, system), first_virtual_id=1000)
     said = [("Name a fruit.", "An apple."), ("Another?", "A plum."), ("And {one} [more]?", "No.")]
     row = renderer.row(record_of(said, mood="kind"), "No.")
     assert row is not None
@@ -141,7 +142,7 @@ def test_a_conversation_in_a_chat_template_is_the_tokenizers_own(make: Any, syst
 
 
 def test_a_form_without_a_chat_template_is_repeated_behind_the_end_token() -> None:
-    renderer = RENDERERS["gpt2_like plain"].with_first_virtual_id(1000)
+    renderer = dataclasses.replace(RENDERERS["gpt2_like plain"], first_virtual_id=1000)
     row = renderer.row(record_of([("q", "a"), ("r", "b")], input="more"), "b")
     assert row is not None
     shown = preview(renderer, row)

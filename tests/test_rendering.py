@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterable
@@ -127,7 +128,7 @@ def test_the_tutorials_rule_holds_without_real_data_too() -> None:
 
 
 def test_virtual_tokens_have_ids_from_the_first_on_in_order() -> None:
-    own = renderer("[P*2]a{text}[P]b[P*2]{answer}").with_first_virtual_id(1000)
+    own = dataclasses.replace(renderer("[P*2]a{text}[P]b[P*2]{answer}"), first_virtual_id=1000)
     ids = own.context({"text": "x"})
     assert [token for token in ids if token >= VOCABULARY] == [1000, 1001, 1002, 1003, 1004]
 

@@ -26,13 +26,11 @@ def test_the_tutorials_template() -> None:
     assert template.num_virtual_tokens == 10
     assert template.fields == ("instruction", "input")
     assert template.optional_fields == ("input",)
-    assert template.opens_with_virtual_tokens
 
 
 def test_virtual_tokens_stand_anywhere_and_count_together() -> None:
     template = Template.parse("{text}[P*3] It was[P][bos] {answer}")
     assert template.num_virtual_tokens == 4
-    assert not template.opens_with_virtual_tokens
     assert Bos() in template.pieces
 
 

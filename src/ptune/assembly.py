@@ -60,6 +60,14 @@ class Parts:
     data_hash: str
     notes: list[str]
 
+    def origin(self) -> dict[str, str]:
+        """Return what the run learns from and on, each as a hash: a resumed run must find the same."""
+        return {
+            "the training records": self.data_hash,
+            "the dev records": data_hash(self.dev),
+            "the model": self.prompted.backbone.identity(),
+        }
+
 
 def assemble(
     config: RunConfig, backbone: Backbone, records: tuple[Sequence[Record], Sequence[Record]] | None = None

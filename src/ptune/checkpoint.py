@@ -7,6 +7,7 @@ What is no tensor stands as JSON in the file's metadata; nothing is ever pickled
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ptune.errors import TrainingError
+from ptune.errors import ConfigError, TrainingError
 from ptune.files import read_tensors, write_tensors
 
 _OTHERS = ("optimizer.", "best_", "random.")
@@ -57,6 +58,7 @@ def save_checkpoint(
     progress: Progress,
     best: dict[str, Tensor],
     random_state: dict[str, Tensor],
+    origin: Mapping[str, str],
 ) -> None:
     """Write everything that the rest of the run depends on.
 
@@ -68,6 +70,7 @@ def save_checkpoint(
         best: what the soft prompt of the best evaluation holds, ``rows`` of shape [P, H] and a head's tensors; empty
             before the first.
         random_state: from `random_state` at the last step's end.
+        origin: what the run learns from and on, each as a hash: name -> hash.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written; the older checkpoint is still there.
@@ -78,16 +81,21 @@ def save_checkpoint(
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
     tensors |= {f"random.{name}": value for name, value in random_state.items()}
     tensors |= {f"best_{name}": value for name, value in best.items()}
-    metadata = {"progress": json.dumps(vars(progress)), "param_groups": json.dumps(state["param_groups"])}
+    metadata = {
+        "progress": json.dumps(vars(progress)),
+        "param_groups": json.dumps(state["param_groups"]),
+        "origin": json.dumps(dict(origin)),
+    }
     write_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
 
 
 def load_checkpoint(
-    path: Path, *, trained: torch.nn.Module, optimizer: Optimizer
+    path: Path, *, trained: torch.nn.Module, optimizer: Optimizer, origin: Mapping[str, str]
 ) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
     """Put the state of `save_checkpoint` where it came from; return progress, the best tensors and random state.
 
     Raises:
+        ConfigError: the run began with another origin: other records, or another model under the same name.
         TrainingError: the file is damaged, or was written by a run with another encoder or head.
     """
     tensors = read_tensors(path, TrainingError)
@@ -98,6 +106,7 @@ def load_checkpoint(
         if name.startswith("optimizer."):
             _, index, entry = name.split(".", 2)
             optimizer_state.setdefault(int(index), {})[entry] = tensor
+    _check_origin(metadata or {}, origin)
     try:
         trained.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(_OTHERS)})
         groups: list[dict[str, Any]] = json.loads(metadata["param_groups"])
@@ -125,6 +134,16 @@ def set_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _check_origin(metadata: Mapping[str, str], origin: Mapping[str, str]) -> None:
+    began_with = json.loads(metadata.get("origin", "{}"))
+    changed = [name for name, value in origin.items() if began_with.get(name, value) != value]
+    if changed:
+        raise ConfigError(
+            f"a resumed run goes on with what it began with, and {' and '.join(changed)} changed since; "
+            "bring back what it had, or begin anew with --overwrite"
+        )
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,11 +7,14 @@ ends with a look.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 from ptune.assembly import Parts
 from ptune.backbone import Backbone
+from ptune.data import Record
 from ptune.generation import GenerationOptions, generate
 from ptune.tasks import Extraction, Generation, Task
+from ptune.tasks.reading import ReadingTask
 
 _QUESTION = "Which animals live in the sea?"
 _NEW_TOKENS = 32
@@ -29,32 +32,48 @@ class Comparison:
         total: answers compared.
         shift: mean change of the answers' probabilities, of all labels together; None for free text and tags.
         off_task: question, the bare model's answer, the answer with the prompt; None for tasks without free text.
+        by_head: a trained linear head gave the answers, those without the prompt too.
     """
 
     changed: int
     total: int
     shift: float | None = None
     off_task: tuple[str, str, str] | None = None
+    by_head: bool = False
 
     @property
     def nothing_changed(self) -> bool:
         """Whether the prompt does next to nothing."""
         return self.changed == 0 and (self.shift is None or self.shift < _LEAST_SHIFT)
 
+    @property
+    def warning(self) -> str | None:
+        """What to say where the prompt does next to nothing; None where it does something."""
+        if not self.nothing_changed:
+            return None
+        if self.by_head:
+            return "the virtual tokens change none of the linear head's answers: the head may do without them"
+        return "the prompt changes no answer: train longer, or at another learning rate"
+
 
 def compare_with_bare_model(parts: Parts) -> Comparison | None:
     """Answer some dev records, and one question that has nothing to do with them, with and without virtual tokens.
 
-    A linear head reads both, for without one there is no answer. None where the template has no field, as for records
-    that are tokenised already: there is nothing to ask.
+    A linear head reads both, for without one there is no answer. Records of which nothing is left without virtual
+    tokens are passed over. None where nothing can be asked: where the template has no field, as for records that are
+    tokenised already, or no record is left.
     """
     task, backbone = parts.task, parts.prompted.backbone
     if not task.renderer.template.fields:
         return None
     bare = task.with_renderer(task.renderer.without_virtual_tokens())
     writes = isinstance(task, Generation)
-    records = parts.dev[: _WRITTEN if writes else _SCORED]
-    with_prompt, without = (one.predict(backbone, records, batch_size=len(records)) for one in (task, bare))
+    askable = (record for record in parts.dev if _asks_anything(bare, record))
+    records = list(islice(askable, _WRITTEN if writes else _SCORED))
+    if not records:
+        return None
+    batch_size = 2 * parts.config.training.batch_size
+    with_prompt, without = (one.predict(backbone, records, batch_size=batch_size) for one in (task, bare))
     pairs = list(zip(with_prompt, without, strict=True))
     if writes:
         changed = sum(one["text"] != other["text"] for one, other in pairs)
@@ -62,13 +81,21 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
         off_task = None if isinstance(task, Extraction) else _off_task(task, bare, backbone)
         return Comparison(changed, len(records), off_task=off_task)
     changed = sum(one[task.answer_key] != other[task.answer_key] for one, other in pairs)
+    by_head = isinstance(task, ReadingTask) and task.reads_states
     if "probabilities" not in with_prompt[0]:
-        return Comparison(changed, len(records))
+        return Comparison(changed, len(records), by_head=by_head)
     shifts = [
         sum(abs(probability - other["probabilities"][label]) for label, probability in one["probabilities"].items()) / 2
         for one, other in pairs
     ]
-    return Comparison(changed, len(records), shift=sum(shifts) / len(shifts))
+    return Comparison(changed, len(records), shift=sum(shifts) / len(shifts), by_head=by_head)
+
+
+def _asks_anything(bare: Task, record: Record) -> bool:
+    """Whether something is left to read of a record without virtual tokens."""
+    if isinstance(bare, ReadingTask):
+        return all(place >= 0 for row in bare.rows(record) for place in row.read_at)
+    return bool(bare.renderer.context(record))
 
 
 def _off_task(task: Task, bare: Task, backbone: Backbone) -> tuple[str, str, str]:

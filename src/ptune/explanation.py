@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from ptune.backbone import Backbone
+from ptune.config import TrainingConfig
+from ptune.kept_contexts import reads_again
 from ptune.keys_and_values import read_cache
 from ptune.learner import Learner
 from ptune.openings import context_of, padding_share
@@ -62,8 +64,8 @@ def explain(learners: Sequence[Learner]) -> Explanation:
     if first.settings.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     contexts = _contexts(learners, backbone)
-    size = sum(map(len, contexts)) * _bytes_per_token(backbone) if contexts else 0
-    room = first.settings.context_cache_bytes
+    size = sum(map(len, contexts)) * _bytes_per_token(backbone, first.settings) if contexts else 0
+    room = first.settings.context_cache_bytes + first.settings.context_cache_disk_bytes
     kept_share = min(1.0, room / size) if size else 0.0
     plans: Counter[tuple[str, str]] = Counter()
     tokens = reference = padding = 0.0
@@ -118,9 +120,8 @@ def _by_name(plans: Counter[tuple[str, str]]) -> dict[tuple[str, str], int]:
 
 
 def _contexts(learners: Sequence[Learner], backbone: Backbone) -> list[tuple[int, ...]]:
-    """Return the texts that a run would keep: none where it sees its records only once."""
-    schedule = learners[0].schedule
-    if schedule.total_steps <= schedule.steps_per_epoch or learners[0].prompted.deep is not None:
+    """Return the texts that a run would keep: none where nothing reads them again."""
+    if not reads_again(learners[0]) or learners[0].prompted.deep is not None:
         return []
     rows = {row.ids for learner in learners for example in learner.parts.train for row in example.rows}
     planned = [ids for ids in rows if backbone.hindrance(len(ids)) is None]
@@ -128,8 +129,9 @@ def _contexts(learners: Sequence[Learner], backbone: Backbone) -> list[tuple[int
     return sorted(contexts) if backbone.plans.plans_contexts(list(contexts)) else []
 
 
-def _bytes_per_token(backbone: Backbone) -> int:
+def _bytes_per_token(backbone: Backbone, settings: TrainingConfig) -> int:
     ids = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
     with torch.no_grad():
         past = backbone.model(**backbone.inputs(ids, torch.ones_like(ids)), use_cache=True).past_key_values
-    return sum(half.numel() * half.element_size() for pair in read_cache(past) for half in pair)
+    dtype = torch.bfloat16 if settings.context_cache_dtype == "bfloat16" else backbone.dtype
+    return sum(half.numel() * dtype.itemsize for pair in read_cache(past) for half in pair)

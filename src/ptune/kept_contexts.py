@@ -26,14 +26,11 @@ def keep_contexts(learners: Sequence[Learner], reporter: Reporter) -> None:
     """Keep what stands before virtual tokens in the rows of some learners on one backbone, and tell.
 
     Several learners evaluate dev several times at each evaluation, so its rows are kept too, after those of training.
-
-    Raises:
-        ConfigError: contexts of a quantised model are to be kept on disk.
     """
     first = learners[0]
     settings, backbone = first.settings, first.prompted.backbone
     rows = [row.ids for learner in learners for example in learner.parts.train for row in example.rows]
-    again = first.schedule.total_steps > first.schedule.steps_per_epoch or settings.context_cache_disk_bytes > 0
+    again = reads_again(first)
     store = _store(backbone, settings) if again else None
     dtype = torch.bfloat16 if settings.context_cache_dtype == "bfloat16" else None
     kept = ContextCache(settings.context_cache_bytes, store, dtype)
@@ -50,6 +47,12 @@ def keep_contexts(learners: Sequence[Learner], reporter: Reporter) -> None:
         reporter.warned(_few(kept, settings))
 
 
+def reads_again(learner: Learner) -> bool:
+    """Whether a run's records are read more than once, in it or by a later run from the disk."""
+    schedule = learner.schedule
+    return schedule.total_steps > schedule.steps_per_epoch or learner.settings.context_cache_disk_bytes > 0
+
+
 def _dev_rows(learners: Sequence[Learner]) -> list[tuple[int, ...]]:
     return [
         row.ids
@@ -60,14 +63,22 @@ def _dev_rows(learners: Sequence[Learner]) -> list[tuple[int, ...]]:
     ]
 
 
-def _store(backbone: Backbone, settings: TrainingConfig) -> ContextStore | None:
-    if not settings.context_cache_disk_bytes:
-        return None
-    if getattr(backbone.model, "is_quantized", False):
+def check_store(backbone: Backbone, settings: TrainingConfig) -> None:
+    """See that contexts can be kept where the settings say.
+
+    Raises:
+        ConfigError: on disk, for a quantised model.
+    """
+    if settings.context_cache_disk_bytes and getattr(backbone.model, "is_quantized", False):
         raise ConfigError(
             "training.context_cache_disk does not go with a quantised model, whose weights have no exact name; "
             "leave it out"
         )
+
+
+def _store(backbone: Backbone, settings: TrainingConfig) -> ContextStore | None:
+    if not settings.context_cache_disk_bytes:
+        return None
     dtype = "bfloat16" if settings.context_cache_dtype == "bfloat16" else str(backbone.dtype).removeprefix("torch.")
     family = f"{type(backbone.model).__module__}.{type(backbone.model).__qualname__}"
     key = exact_key(family, backbone.model.config, backbone.model.state_dict())

@@ -74,6 +74,16 @@ class Learner:
     def _within(self, batch: Sequence[int], limit: int) -> list[list[int]]:
         return within_budget(batch, self._tokens, limit)
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradients of all that is trained.
+
+        A step's sum is divided by its weight here, in the encoder's float32, and not before the backward pass, where
+        a loss of many tokens would come near the least numbers that a float16 model can hold.
+        """
+        for parameter in self.prompted.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
     def gradient_reaches_prompt(self) -> bool:
         """Whether the backward pass gave the encoder a gradient."""
         return any(bool(p.grad.any()) for p in self.prompted.encoder.parameters() if p.grad is not None)
@@ -137,7 +147,8 @@ class Learner:
 
     def _warn(self, metrics: dict[str, float], reporter: Reporter) -> None:
         first = self.progress.history[0]
-        if self.progress.step and metrics.get("prediction_share", 0.0) >= _CONSTANT_SHARE:
+        one_label = metrics.get("prediction_share", 0.0) >= _CONSTANT_SHARE
+        if self.progress.step and one_label and metrics["accuracy"] < metrics["prediction_share"]:
             reporter.warned(
                 "nearly all predictions are one label: the prompt has learnt nothing yet but the majority; "
                 "try another learning rate or seed, or more steps"

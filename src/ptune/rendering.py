@@ -146,10 +146,6 @@ class Renderer:
         if self.kind is MASKED:
             yield closing
 
-    def with_first_virtual_id(self, first_virtual_id: int) -> Renderer:
-        """Return the same renderer with its virtual tokens at other ids."""
-        return dataclasses.replace(self, first_virtual_id=first_virtual_id)
-
     def without_virtual_tokens(self) -> Renderer:
         """Return the renderer of the same words without virtual tokens: how the bare model is asked."""
         return dataclasses.replace(self, template=self.template.without_virtual_tokens())

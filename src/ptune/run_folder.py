@@ -23,7 +23,7 @@ from ptune.config_file import config_yaml, differing_settings, load_config
 from ptune.errors import ConfigError, OutputError
 from ptune.files import append_line, folder_lock, write_json, write_text
 
-LOG, ASSESSMENT, SETTINGS = "log.jsonl", "assessment.json", "config.yaml"
+LOG, ASSESSMENT, SETTINGS, CANDIDATES = "log.jsonl", "assessment.json", "config.yaml", "search.json"
 
 # Settings that may change between a run and its resumption without changing its result.
 _FREE_TO_CHANGE = {
@@ -99,7 +99,7 @@ class RunFolder:
             OutputError: it cannot be written.
         """
         if not self._resume and self._writes:
-            for old in (self.checkpoint, self.run / LOG, self.run / ASSESSMENT):
+            for old in (self.checkpoint, *(self.run / name for name in (LOG, ASSESSMENT, CANDIDATES))):
                 old.unlink(missing_ok=True)
             write_text(self.run / SETTINGS, config_yaml(self._config))
         self._begun = True
@@ -145,8 +145,8 @@ class RunFolder:
         Raises:
             OutputError: the folder cannot be written.
         """
-        write_text(self.run / "config.yaml", config_yaml(config))
-        write_text(self.run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+        write_text(self.run / SETTINGS, config_yaml(config))
+        write_text(self.run / LOG, "".join(json.dumps(line) + "\n" for line in log))
 
     def _foreign_files(self) -> list[str]:
         if not self.path.is_dir() or (self.path / "run").is_dir() or (self.path / "ptune.json").exists():

@@ -36,8 +36,9 @@ from ptune.errors import ConfigError, TrainingError
 from ptune.files import write_json
 from ptune.kept_contexts import keep_contexts
 from ptune.learner import Learner
+from ptune.rehearsal import rehearse
 from ptune.reporting import SearchReporter
-from ptune.run_folder import RunFolder
+from ptune.run_folder import CANDIDATES, SETTINGS, RunFolder
 from ptune.side_by_side import answer_side_by_side, one_forward_each
 from ptune.soft_prompt import SoftPrompt
 from ptune.stopping import Stopped, stop_signal
@@ -96,6 +97,8 @@ def search(
                 f"candidates differ in how many steps they take ({', '.join(map(str, sorted(steps)))}), for some leave "
                 "out records as too long; give training.max_steps, or raise prompt.max_length"
             )
+        for contender in contenders:
+            rehearse(contender.learner.parts)
         folder.begin()
         return _Search(config, settings, contenders, backbone, folder, reporter).finish()
 
@@ -139,8 +142,6 @@ class _Search:
         self.halvings = settings.halvings
         self.plans_told: set[str] = set()
         backbone.plan = config.training.plan
-        if config.training.gradient_checkpointing:
-            backbone.enable_gradient_checkpointing()
 
     def finish(self) -> SoftPrompt:
         """Train all, and save the best."""
@@ -169,7 +170,10 @@ class _Search:
             self.folder.assessed(assessed[0].values())
             self.reporter.assessed(*assessed)
         prompt.save(self.folder.path)  # last: where it stands, everything does
-        self.reporter.finished(prompt, best.learner.progress, compare_with_bare_model(best.learner.parts))
+        comparison = compare_with_bare_model(best.learner.parts)
+        self.reporter.finished(prompt, best.learner.progress, comparison)
+        if comparison is not None and comparison.warning is not None:
+            self.reporter.warned(comparison.warning)
         self.reporter.ranked(self.table(best))
         return prompt
 
@@ -199,15 +203,15 @@ class _Search:
 
     def _step(self, step: int, running: Sequence[Contender]) -> list[float]:
         """Give every encoder its gradient of one step, and return the mean losses."""
-        shares, forwards = [], []
+        weights, forwards = [], []
         for contender in running:
             learner = contender.learner
             learner.prompted.train()
             learner.set_rate(step)
             window = learner.schedule.window(step)
-            shares.append(1 / learner.weight(window))
+            weights.append(learner.weight(window))
             forwards.append(learner.forwards(window))
-        means = [0.0] * len(running)
+        sums = [0.0] * len(running)
         for number in range(max(map(len, forwards))):
             here = [place for place, own in enumerate(forwards) if number < len(own)]
             asked = [running[place].asks(forwards[place][number]) for place in here]
@@ -215,13 +219,15 @@ class _Search:
                 places = [here[which] for which in together]
                 answers = self._answers([running[place] for place in places], [asked[which] for which in together])
                 losses = [
-                    running[place].learner.task.loss_of(answer, forwards[place][number]) * shares[place]
+                    running[place].learner.task.loss_of(answer, forwards[place][number])
                     for place, answer in zip(places, answers, strict=True)
                 ]
                 torch.stack(losses).sum().backward()
                 for place, loss in zip(places, losses, strict=True):
-                    means[place] += float(loss.detach())
-        return means
+                    sums[place] += float(loss.detach())
+        for contender, weight in zip(running, weights, strict=True):
+            contender.learner.scale_gradients(1 / weight)
+        return [total / weight for total, weight in zip(sums, weights, strict=True)]
 
     def _answers(self, contenders: Sequence[Contender], asked: Sequence[Asked]) -> list[Tensor]:
         """Return what each candidate's loss asks for, with fresh virtual tokens of each, by one forward pass."""
@@ -272,6 +278,7 @@ class _Search:
             progress=learner.progress,
             best=learner.best,
             random_state=learner.random_state,
+            origin=learner.parts.origin(),
         )
 
     def table(self, best: Contender) -> dict[str, Any]:
@@ -291,14 +298,14 @@ class _Search:
         }
 
     def _write_table(self, best: Contender) -> None:
-        write_json(self.folder.run / "search.json", self.table(best))
+        write_json(self.folder.run / CANDIDATES, self.table(best))
 
     def _what_is_kept(self, best: Contender) -> str:
         run = self.folder.run
         return (
             f"stopped after step {best.learner.progress.step}; a search is not resumed, but its best candidate so far, "
-            f'number {best.candidate.number}, is kept as a stopped run: "ptune train {run / "config.yaml"} --resume" '
-            f"trains it on alone; {run / 'search.json'} holds the table of all"
+            f'number {best.candidate.number}, is kept as a stopped run: "ptune train {run / SETTINGS} --resume" '
+            f"trains it on alone; {run / CANDIDATES} holds the table of all"
         )
 
 

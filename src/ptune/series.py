@@ -12,16 +12,23 @@ from pathlib import Path
 from ptune.backbone import Backbone
 from ptune.config import RunConfig
 from ptune.errors import ConfigError
-from ptune.run_folder import RunFolder
+from ptune.run_folder import SETTINGS, RunFolder
 from ptune.soft_prompt import SoftPrompt
 
 
 def under_seeds(config: RunConfig, count: int) -> list[RunConfig]:
-    """Return a run's settings under ``count`` seeds from its own on, each with a folder ``seed-N`` of its own."""
-    first = config.training.seed
+    """Return a run's settings under ``count`` seeds from its own on, each with a folder ``seed-N`` of its own.
+
+    Dev that is split from the training data is the same under all, so that the deviation is the prompts' alone; with
+    ``data.shots`` each seed draws records of its own, for there the deviation is meant to be over them too.
+    """
+    first, data = config.training.seed, config.data
+    if data.split_seed is None and data.shots is None:
+        data = data.model_copy(update={"split_seed": first})
     return [
         config.model_copy(
             update={
+                "data": data,
                 "training": config.training.model_copy(update={"seed": seed}),
                 "output": config.output / f"seed-{seed}",
             }
@@ -49,7 +56,7 @@ def check_series(configs: Sequence[RunConfig], *, resume: bool = False, overwrit
 
 def may_resume(config: RunConfig, resume: bool) -> bool:
     """Whether a run of a series goes on: those that had not begun when the series stopped begin."""
-    return resume and (config.output / "run" / "config.yaml").is_file()
+    return resume and (config.output / "run" / SETTINGS).is_file()
 
 
 def with_backbones(configs: Sequence[RunConfig]) -> Iterator[tuple[RunConfig, Backbone]]:

@@ -145,11 +145,6 @@ class Template:
         return tuple(name for name in self.fields if name not in needed)
 
     @property
-    def opens_with_virtual_tokens(self) -> bool:
-        """Whether virtual tokens come first: the shape that PEFT knows, if it is the only run."""
-        return bool(self.pieces) and isinstance(self.pieces[0], Virtual)
-
-    @property
     def has_answer(self) -> bool:
         """Whether the answer has a place."""
         return Answer() in self.pieces

@@ -37,7 +37,7 @@ def tokenised_lists(record: Mapping[str, Any], vocabulary_size: int) -> tuple[li
 
 
 def _integers(record: Mapping[str, Any], name: str) -> list[int]:
-    values = record.get(name)
+    values: Any = record.get(name)
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, list | tuple) and all(type(value) is int for value in values):
         return list(values)

@@ -28,6 +28,8 @@ from ptune.dev_assessment import assess_dev
 from ptune.errors import ConfigError, MissingExtraError
 from ptune.kept_contexts import keep_contexts
 from ptune.learner import Learner
+from ptune.loading import find_device
+from ptune.rehearsal import rehearse
 from ptune.reporting import Reporter
 from ptune.run_folder import RunFolder
 from ptune.soft_prompt import SoftPrompt
@@ -74,6 +76,7 @@ def train(
         parts = assemble(config, backbone, records)
         try:
             with parts.prompted, backbone.left_as_it_was():
+                rehearse(parts)
                 folder.begin()
                 accelerator.wait_for_everyone()
                 if config.training.trackers:
@@ -92,8 +95,6 @@ class _Run:
         self.config, self.settings = config, config.training
         self.parts, self.task, self.prompted = parts, parts.task, parts.prompted
         self.accelerator, self.folder, self.reporter = accelerator, folder, reporter
-        if self.settings.gradient_checkpointing:
-            self.prompted.backbone.enable_gradient_checkpointing()
         self.prompted.backbone.plan = self.settings.plan
         self.learner = Learner(config, parts, accelerator.num_processes)
         self.schedule, self.bare_optimizer = self.learner.schedule, self.learner.optimizer
@@ -107,7 +108,7 @@ class _Run:
 
     def _resume(self) -> None:
         self.progress, best, state = load_checkpoint(
-            self.folder.checkpoint, trained=self.prompted, optimizer=self.bare_optimizer
+            self.folder.checkpoint, trained=self.prompted, optimizer=self.bare_optimizer, origin=self.parts.origin()
         )
         self.learner.progress, self.learner.best, self.learner.random_state = self.progress, best, state
 
@@ -140,18 +141,22 @@ class _Run:
                 self._evaluate()
                 last_save = time.monotonic()
             elif time.monotonic() - last_save >= 60 * settings.checkpoint_minutes:
-                self._checkpoint()
+                self._checkpoint()  # by the clock of each process, so none may wait for another here
                 last_save = time.monotonic()
         if stop.is_set():
             self._checkpoint()
+            self.accelerator.wait_for_everyone()  # who ends first may be taken for a reason to kill the one that writes
 
     def _ends(self, stop: threading.Event) -> bool:
         """Whether the run ends before its last step: it was asked to, or the metric gets no better."""
-        if self.accelerator.num_processes > 1:  # all of them stop where one was asked to
-            asked = torch.tensor(float(stop.is_set()), device=self.accelerator.device)
-            if float(self.accelerator.reduce(asked, "sum")):
+        out_of_patience = self.learner.out_of_patience
+        if self.accelerator.num_processes > 1:  # all of them stop where one does, for dev may differ in the last bit
+            asked = torch.tensor([float(stop.is_set()), float(out_of_patience)], device=self.accelerator.device)
+            stops, patience = self.accelerator.reduce(asked, "sum").tolist()
+            out_of_patience = patience > 0
+            if stops:
                 stop.set()
-        if self.learner.out_of_patience and not stop.is_set():
+        if out_of_patience and not stop.is_set():
             self.reporter.stopped_early(self.progress.step, self.settings.patience or 0)
             return True
         return stop.is_set()
@@ -166,7 +171,7 @@ class _Run:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         # a process left without a batch goes along with weight 0
         mine = self.learner.forwards(window[rank::processes] or [window[0]])
-        share = 0.0 if rank >= len(window) else processes / weight
+        share = 0.0 if rank >= len(window) else 1.0
         total = torch.zeros((), device=self.accelerator.device)
         for number, examples in enumerate(mine, 1):
             synchronised = nullcontext() if number == len(mine) else self.accelerator.no_sync(self.model)
@@ -174,8 +179,9 @@ class _Run:
                 loss = self.task.loss(self.model, examples, self.prompted.backbone.tokenizer.pad_token_id)
                 self.accelerator.backward(loss * share)
             self._tell_plan()
-            total += loss.detach().float() * share / processes
-        mean = float(self.accelerator.reduce(total, "sum"))
+            total += loss.detach().to(total) * share
+        self.learner.scale_gradients(processes / weight)  # processes average theirs
+        mean = float(self.accelerator.reduce(total, "sum")) / weight
         reached = step > 0 or self.learner.gradient_reaches_prompt()
         norm = float(self.accelerator.clip_grad_norm_(self.prompted.parameters(), self.settings.max_grad_norm))
         self.learner.check(step, mean, norm, reached=reached)
@@ -204,8 +210,8 @@ class _Run:
                 progress=self.progress,
                 best=self.learner.best,
                 random_state=self.learner.random_state,
+                origin=self.parts.origin(),
             )
-        self.accelerator.wait_for_everyone()
 
     def _track(self, values: dict[str, float]) -> None:
         self.folder.log({"step": self.progress.step, **values})
@@ -226,13 +232,15 @@ class _Run:
             self.accelerator.end_training()
         comparison = compare_with_bare_model(self.parts)
         self.reporter.finished(prompt, self.progress, comparison)
-        if comparison is not None and comparison.nothing_changed:
-            self.reporter.warned("the prompt changes no answer: train longer, or at another learning rate")
+        if comparison is not None and comparison.warning is not None:
+            self.reporter.warned(comparison.warning)
         return prompt
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
     settings = config.training
+    if config.model.device.startswith("cuda:"):
+        torch.cuda.set_device(find_device(config.model.device))  # the accelerator takes the current one
     try:
         accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,

@@ -22,7 +22,7 @@ from ptune.tasks import Assessment
 _PERCENT = {"accuracy", "macro_f1", "micro_f1", "exact_match", "prediction_share", "token_accuracy", "parsed"}
 _PERCENT |= {"f1", "precision", "recall", "entity_f1", "entity_precision", "entity_recall"}
 _PERCENT |= {"rouge_1", "rouge_2", "rouge_l"}
-_HIDDEN = {"prediction_share", "majority_share"}
+_HIDDEN = {"prediction_share"}
 
 
 class ProgressReporter(Reporter):
@@ -119,16 +119,7 @@ class ProgressReporter(Reporter):
             f"[bold]{metric} {before} -> {after}[/] (step {summary['best_step']}), {summary['seconds']:.0f} s"
         )
         if comparison is not None:
-            changed = f"{comparison.changed} of {comparison.total} held-out answers differ"
-            shift = "" if comparison.shift is None else f"; probabilities move by {comparison.shift:.2f} on average"
-            self.console.print(f"with and without the prompt, {changed}{shift}")
-        if comparison is not None and comparison.off_task is not None:
-            question, bare, tuned = comparison.off_task
-            self.console.print(f'off task: "{escape(question)}"')
-            self.console.print(f"  bare model   {escape(shorten(bare, 90))}")
-            self.console.print(
-                f"  with prompt  {escape(shorten(tuned, 90))}  [dim](leave the prompt out for other questions)[/]"
-            )
+            print_comparison(self.console, comparison)
         size = (folder / "soft_prompt.safetensors").stat().st_size
         self.console.print(f"saved [bold]{escape(str(folder))}[/]: {size / 1024:.0f} kB; try")
         verb = "generate" if self._config.task.type == "generation" else "predict"
@@ -143,6 +134,20 @@ class ProgressReporter(Reporter):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """Say how answers differ from the bare model's, on the task and off it."""
+    changed = f"{comparison.changed} of {comparison.total} held-out answers differ"
+    shift = "" if comparison.shift is None else f"; probabilities move by {comparison.shift:.2f} on average"
+    console.print(f"with and without the prompt, {changed}{shift}")
+    if comparison.off_task is not None:
+        question, bare, tuned = comparison.off_task
+        console.print(f'off task: "{escape(question)}"')
+        console.print(f"  bare model   {escape(shorten(bare, 90))}")
+        console.print(
+            f"  with prompt  {escape(shorten(tuned, 90))}  [dim](leave the prompt out for other questions)[/]"
+        )
 
 
 def shown(answer: Mapping[str, Any]) -> str:

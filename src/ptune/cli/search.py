@@ -54,13 +54,14 @@ def search(
         explain_search(run, settings)
         return
     from ptune.cli.search_progress import SearchProgress
+    from ptune.run_folder import CANDIDATES
     from ptune.searching import search as search_for
     from ptune.stopping import Stopped
 
     try:
         with SearchProgress() as reporter:
             search_for(run, settings, reporter=reporter, overwrite=overwrite)
-            reporter.console.print(f"saved [bold]{run.output}[/]; all candidates: {run.output / 'run' / 'search.json'}")
+            reporter.console.print(f"saved [bold]{run.output}[/]; all candidates: {run.output / 'run' / CANDIDATES}")
     except Stopped as stopped:  # typer would end without a word
         typer.echo(f"ptune: {stopped}", err=True)
         raise typer.Exit(130) from None

@@ -14,7 +14,7 @@ from rich.table import Table
 from ptune.assembly import Parts
 from ptune.candidates import Candidate
 from ptune.checkpoint import Progress as RunProgress
-from ptune.cli.progress import format_value
+from ptune.cli.progress import format_value, print_comparison
 from ptune.comparison import Comparison
 from ptune.reporting import SearchReporter
 from ptune.soft_prompt import SoftPrompt
@@ -85,9 +85,7 @@ class SearchProgress(SearchReporter):
         """Say how far the best prompt's answers are from the bare model's."""
         self._bar.stop()
         if comparison is not None:
-            self.console.print(
-                f"with and without the best prompt, {comparison.changed} of {comparison.total} held-out answers differ"
-            )
+            print_comparison(self.console, comparison)
 
     def ranked(self, table: Mapping[str, Any]) -> None:
         """Print the table of all candidates."""
