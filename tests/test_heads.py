@@ -379,7 +379,9 @@ def test_a_checkpoint_of_another_head_is_refused(tmp_path: Path) -> None:
         prompted.head = LinearHead.new(7, torch.randn(3, 32), 0)
         optimizer = torch.optim.AdamW(prompted.parameters())
         with pytest.raises(Exception, match="belongs to a run with other settings"):
-            load_checkpoint(tmp_path / "run" / "checkpoint.safetensors", trained=prompted, optimizer=optimizer)
+            load_checkpoint(
+                tmp_path / "run" / "checkpoint.safetensors", trained=prompted, optimizer=optimizer, origin={}
+            )
 
 
 MISTAKES: list[tuple[dict[str, Any], dict[str, Any], str]] = [

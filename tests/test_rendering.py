@@ -386,8 +386,8 @@ def test_rows_that_are_tokenised_already_get_virtual_tokens_in_front() -> None:
         ({"input_ids": "[5, 6]", "labels": [5, 6]}, r"expected a list of integers as input_ids, .* '\[5, 6\]'; write"),
         ({"input_ids": [5, 6], "labels": None}, "expected a list of integers as labels, .* found None; write"),
         ({"input_ids": [5, 6]}, "expected a list of integers as labels, .* found none; write"),
-        ({"input_ids": [5, True], "labels": [5, 6]}, r"integers as input_ids, .* found \[5, True\]"),
-        ({"input_ids": [5.0, 6], "labels": [5, 6]}, r"integers as input_ids, .* found \[5.0, 6\]"),
+        ({"input_ids": [5, True], "labels": [5, 6]}, r"expected a list of integers as input_ids, .* found \[5, True\]"),
+        ({"input_ids": [5.0, 6], "labels": [5, 6]}, r"expected a list of integers as input_ids, .* found \[5.0, 6\]"),
     ],
 )
 def test_rows_that_are_tokenised_already_hold_ids_of_the_model(values: dict[str, Any], found: str) -> None:
