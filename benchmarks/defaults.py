@@ -24,6 +24,7 @@ from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, accuracy_on, tune
 
 from ptune.backbone import Backbone
+from ptune.config import ModelConfig
 from ptune.task_config import ClassificationConfig
 
 NAMES = ("sst2", "trec", "shopping_zh")
@@ -171,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
 
     def compute(cells: Cells) -> None:
-        backbone = Backbone.load(options.model)
+        backbone = Backbone.load(ModelConfig(name=options.model, dtype="float32"))
         for question in options.questions:
             for name in options.tasks:
                 run_question(question, name, backbone, cells, options)

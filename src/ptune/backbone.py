@@ -35,6 +35,7 @@ from ptune.openings import context_of
 from ptune.output_head import OutputHead, Wanted
 from ptune.packed_attention import Packing, packed_attention
 from ptune.plans import Plans
+from ptune.precision import precision_for
 from ptune.recomputation import recompute_layers, recomputing
 from ptune.virtual_tokens import VirtualTokens, deep_prompts_of, input_embedding, input_matrix, virtual_tokens_of
 
@@ -99,13 +100,11 @@ class Backbone:
         source = str(MINI) if config.name == "mini" else config.name
         check_folder(source)
         device = find_device(config.device)
-        dtype: Any = config.dtype
-        if dtype == "auto" and device.type == "cpu":
-            dtype = "float32"  # half precision is stored for size; on a processor it is a choice of speed
         arguments: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         try:
             model_config = AutoConfig.from_pretrained(source, **arguments)
             kind = kind_of(model_config)
+            dtype = precision_for(config.dtype, device, model_config.get_text_config().hidden_size).dtype
             tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
             if config.attn_implementation:
                 arguments["attn_implementation"] = config.attn_implementation
