@@ -113,6 +113,6 @@ def test_the_dtype_is_said_before_while_and_after_training(wide: Path, tmp_path:
 
     why = "this processor multiplies it fast" if fast_here() else "this processor is not known to multiply"
     assert f"backbone: {dtype} ({why}" in ptune("train", str(file), "--explain")
-    assert f"all frozen, in {dtype}; trained:" in ptune("train", str(file))
+    assert f"parameters in {dtype}, all frozen; trained:" in ptune("train", str(file))
     inspected = ptune("inspect", str(tmp_path / "prompt"))
     assert ["trained", "in", dtype] in [line.split() for line in inspected.splitlines()]

@@ -153,16 +153,17 @@ def _generate_batch(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
     )
-    output = backbone.model.generate(
-        ids.to(backbone.device),
-        attention_mask=mask.to(backbone.device),
-        generation_config=settings,
-        logits_processor=LogitsProcessorList(
-            [*([logprobs] if logprobs else []), *processors(options, starts, backbone.vocabulary_size, seeds)]
-        ),
-        stopping_criteria=StoppingCriteriaList([follower] if listener.listens or options.stop or logprobs else []),
-        **({} if past is None else {"past_key_values": past}),
-    )
+    with backbone.head.on_dense_states():
+        output = backbone.model.generate(
+            ids.to(backbone.device),
+            attention_mask=mask.to(backbone.device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(
+                [*([logprobs] if logprobs else []), *processors(options, starts, backbone.vocabulary_size, seeds)]
+            ),
+            stopping_criteria=StoppingCriteriaList([follower] if listener.listens or options.stop or logprobs else []),
+            **({} if past is None else {"past_key_values": past}),
+        )
     return [follower.result(number, row) for number, row in enumerate(output[:, said:].tolist())]
 
 

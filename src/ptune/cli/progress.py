@@ -54,8 +54,8 @@ class ProgressReporter(Reporter):
         outputs = 0 if prompted.head is None else len(prompted.head.bias)
         head = f" and a linear head of {outputs} outputs" if outputs else ""
         self.console.print(
-            f"[bold]{escape(config.model.name)}[/] {total:,} parameters, all frozen, in "
-            f"{str(backbone.dtype).removeprefix('torch.')}; "
+            f"[bold]{escape(config.model.name)}[/] {total:,} parameters in "
+            f"{str(backbone.dtype).removeprefix('torch.')}, all frozen; "
             f"trained: {trained:,} ({100 * trained / (trained + total):.2f}%) "
             f"for {prompted.num_virtual_tokens} virtual tokens{head}"
         )
