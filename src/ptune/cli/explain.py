@@ -31,7 +31,8 @@ def _precision(settings: ModelConfig, backbone: Backbone) -> str:
     from ptune.precision import precision_for
 
     why = precision_for(settings.dtype, backbone.device, backbone.model.config.get_text_config().hidden_size).why
-    return f"backbone: {str(backbone.dtype).removeprefix('torch.')} ({why})"
+    rounded = f", weights of {settings.quantization}" if isinstance(settings.quantization, str) else ""
+    return f"backbone: {str(backbone.dtype).removeprefix('torch.')} ({why}){rounded}"
 
 
 def _explain(configs: list[RunConfig]) -> None:
