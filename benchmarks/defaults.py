@@ -31,6 +31,7 @@ from trials import Trial, TrialTask, accuracy_on, tune
 
 from ptune.backbone import Backbone
 from ptune.candidates import SearchConfig
+from ptune.config import ModelConfig
 from ptune.searching import search
 from ptune.task_config import ClassificationConfig
 
@@ -246,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
 
     def compute(cells: Cells) -> None:
-        backbone = Backbone.load(options.model)
+        backbone = Backbone.load(ModelConfig(name=options.model, dtype="float32"))
         for question in options.questions:
             for name in options.tasks:
                 Asker(name, backbone, cells, options).ask(question)

@@ -31,7 +31,7 @@ from quality_tasks import TASKS, QualityTask
 
 from ptune.assembly import Parts
 from ptune.backbone import Backbone
-from ptune.config import RunConfig, TrainingConfig
+from ptune.config import ModelConfig, RunConfig, TrainingConfig
 from ptune.data import Record, draw_shots
 from ptune.engine import Engine
 from ptune.errors import PtuneError
@@ -345,7 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, cells: Cells) -> None:
-    backbone = Backbone.load(options.model)
+    backbone = Backbone.load(ModelConfig(name=options.model, dtype="float32"))
     cells.content["environment"] = {
         "model": options.model,
         "device": str(backbone.device),

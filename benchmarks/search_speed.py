@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-from train_speed import VOCABULARY, model_of
+from train_speed import SMALL, VOCABULARY
 from transformers import AutoTokenizer
 
 from ptune.backbone import MINI, Backbone
@@ -97,7 +97,7 @@ def timed(arguments: argparse.Namespace, place: str, folder: Path) -> dict[str, 
     if arguments.model is not None:
         backbone = Backbone.load(ModelConfig(name=arguments.model, dtype=arguments.dtype))
     else:
-        model = model_of(arguments.family, torch.float32 if arguments.dtype == "float32" else torch.bfloat16)
+        model = SMALL.model(arguments.family, torch.float32 if arguments.dtype == "float32" else torch.bfloat16)
         backbone = Backbone(model, AutoTokenizer.from_pretrained(MINI), arguments.family)
     records = texts(arguments.records, 0), texts(4, 1)
     epoch = -(-arguments.records // arguments.batch_size)

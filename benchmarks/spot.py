@@ -23,6 +23,7 @@ from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, sample, tune
 
 from ptune.backbone import Backbone
+from ptune.config import ModelConfig
 from ptune.task_config import ClassificationConfig
 
 PAIRS = (("trec", "clinc150"), ("shopping_zh", "waimai_zh"), ("imdb", "sst2"))
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
 
     def compute(cells: Cells) -> None:
-        backbone = Backbone.load(options.model)
+        backbone = Backbone.load(ModelConfig(name=options.model, dtype="float32"))
         for source, target in PAIRS:
             if options.pairs is None or target in options.pairs:
                 run_pair(source, target, backbone, cells, options)

@@ -24,6 +24,7 @@ from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, Tuned, tune
 
 from ptune.backbone import Backbone
+from ptune.config import ModelConfig
 from ptune.families import CAUSAL
 from ptune.task_config import ClassificationConfig
 from ptune.template import Template
@@ -162,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     def compute(cells: Cells) -> None:
         for named in options.backbones:
             where, _, folder = named.rpartition("=")
-            backbone = Backbone.load(folder)
+            backbone = Backbone.load(ModelConfig(name=folder, dtype="float32"))
             cells.content.setdefault("backbones", {})[where or folder] = backbone.kind.name
             for name in options.tasks:
                 TableRow(name, where or folder, backbone, cells, options).run()

@@ -1,6 +1,7 @@
 """Speed of training: ptune's plans against PEFT's P-tuning, the same encoder, the same rows, the same gradients.
 
-    python benchmarks/train_speed.py [--job classify|instruction] [--family qwen|bloom] [--rounds 7] [--json FILE]
+    python benchmarks/train_speed.py [--job classify|instruction] [--family qwen|bloom] [--size small|half-billion]
+                                     [--rounds 7] [--json FILE]
 
 A row is one optimizer step: forward and backward of all its rows, without the optimizer itself, which costs both the
 same. PEFT runs as its tutorials have it, float32, in a bare loop without Trainer's own overhead. Weights are random:
@@ -20,6 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import peft
@@ -36,26 +38,57 @@ from ptune.context_cache import ContextCache
 from ptune.encoder import PromptEncoder
 from ptune.prompted_model import PromptedModel
 
-HIDDEN, LAYERS, HEADS, VOCABULARY = 512, 8, 8, 46145
 ENCODER_HIDDEN = 1024
+VOCABULARY = 46145
 
 
-def model_of(family: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a random model of the benchmark's shape."""
-    if family == "bloom":
-        config = BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS)
-    else:
-        config = Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=4 * HIDDEN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            tie_word_embeddings=True,
-        )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+@dataclass(frozen=True)
+class Shape:
+    """Of a model; key-value heads and the width of the MLP are those of Qwen-shaped ones.
+
+    Attributes:
+        hidden: H.
+        layers: L.
+        heads: of attention.
+        vocabulary: V.
+        shared_heads: heads of keys and values; as many as ``heads`` where absent.
+        between: width inside the MLP; four times H where absent.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    vocabulary: int = VOCABULARY
+    shared_heads: int | None = None
+    between: int | None = None
+
+    def model(self, family: str, dtype: torch.dtype) -> PreTrainedModel:
+        """Return a random model, the same for the same shape."""
+        if family == "bloom":
+            config = BloomConfig(
+                vocab_size=self.vocabulary, hidden_size=self.hidden, n_layer=self.layers, n_head=self.heads
+            )
+        else:
+            config = Qwen2Config(
+                vocab_size=self.vocabulary,
+                hidden_size=self.hidden,
+                intermediate_size=self.between or 4 * self.hidden,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.shared_heads or self.heads,
+                tie_word_embeddings=True,
+            )
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+SMALL = Shape(512, 8, 8)
+SHAPES = {
+    "small": {"qwen": SMALL, "bloom": SMALL},
+    # Qwen2.5-0.5B and bloom-560m
+    "half-billion": {"qwen": Shape(896, 24, 14, 151936, 2, 4864), "bloom": Shape(1024, 24, 16, 250880)},
+}
+"""By size and family."""
 
 
 def rows_of(job: str, generator: torch.Generator) -> list[tuple[list[int], int]]:
@@ -80,7 +113,7 @@ def rows_of(job: str, generator: torch.Generator) -> list[tuple[list[int], int]]
 class Peft:
     """PEFT's P-tuning in a bare loop."""
 
-    def __init__(self, family: str, virtual_tokens: int, at_once: int) -> None:
+    def __init__(self, family: str, virtual_tokens: int, at_once: int, shape: Shape = SMALL) -> None:
         config = PromptEncoderConfig(
             task_type=TaskType.CAUSAL_LM,
             num_virtual_tokens=virtual_tokens,
@@ -89,7 +122,7 @@ class Peft:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.model = get_peft_model(model_of(family, torch.float32), config)
+            self.model = get_peft_model(shape.model(family, torch.float32), config)
         self.at_once = at_once
 
     def step(self, rows: list[tuple[list[int], int]]) -> None:
@@ -106,10 +139,10 @@ class Peft:
 class Ours:
     """ptune's prompted model with PEFT's encoder."""
 
-    def __init__(self, family: str, virtual_tokens: int, dtype: torch.dtype, plan: str = "auto") -> None:
-        backbone = Backbone(model_of(family, dtype), None, family)
-        backbone.plan = plan  # type: ignore[assignment]
-        self.prompted = PromptedModel(backbone, PromptEncoder.peft("mlp", virtual_tokens, HIDDEN, ENCODER_HIDDEN))
+    def __init__(self, family: str, virtual_tokens: int, dtype: torch.dtype, shape: Shape = SMALL) -> None:
+        backbone = Backbone(shape.model(family, dtype), None, family)
+        encoder = PromptEncoder.peft("mlp", virtual_tokens, shape.hidden, ENCODER_HIDDEN)
+        self.prompted = PromptedModel(backbone, encoder)
         first = self.prompted.first_virtual_id
         self.virtual = list(range(first, first + virtual_tokens))
 
@@ -134,15 +167,15 @@ def row(ids: list[int], answered: int) -> Row:
     return Row(tuple(ids), (*[IGNORED] * (len(ids) - answered), *ids[-answered:]))
 
 
-def product_rate(dtype: torch.dtype, tokens: int) -> float:
+def product_rate(dtype: torch.dtype, tokens: int, hidden: int) -> float:
     """Return the machine's rate of ``[tokens, H] x [H, 4 H]`` products in GFLOP/s, the best of several."""
-    left, right = torch.randn(tokens, HIDDEN, dtype=dtype), torch.randn(HIDDEN, 4 * HIDDEN, dtype=dtype)
+    left, right = torch.randn(tokens, hidden, dtype=dtype), torch.randn(hidden, 4 * hidden, dtype=dtype)
     best = float("inf")
     for _ in range(20):
         begun = time.perf_counter()
         left @ right
         best = min(best, time.perf_counter() - begun)
-    return 2 * tokens * HIDDEN * 4 * HIDDEN / best / 1e9
+    return 2 * tokens * hidden * 4 * hidden / best / 1e9
 
 
 def products_of(step: Callable[[], None]) -> int:
@@ -153,12 +186,12 @@ def products_of(step: Callable[[], None]) -> int:
 
 
 def cases_of(
-    job: str, family: str, virtual_tokens: int, rows: list[tuple[list[int], int]]
+    job: str, family: str, virtual_tokens: int, rows: list[tuple[list[int], int]], shape: Shape
 ) -> dict[str, Callable[[], None]]:
     """Return what is timed, by name; the first is the peer."""
-    theirs = Peft(family, virtual_tokens, at_once=16 if job == "classify" else 1)
-    full, half = (Ours(family, virtual_tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
-    kept, kept_half = (Ours(family, virtual_tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
+    theirs = Peft(family, virtual_tokens, at_once=16 if job == "classify" else 1, shape=shape)
+    full, half = (Ours(family, virtual_tokens, dtype, shape) for dtype in (torch.float32, torch.bfloat16))
+    kept, kept_half = (Ours(family, virtual_tokens, dtype, shape) for dtype in (torch.float32, torch.bfloat16))
     for ours in (kept, kept_half):
         ours.keep(rows)
     return {
@@ -171,19 +204,21 @@ def cases_of(
     }
 
 
-def measure(job: str, family: str, virtual_tokens: int, rounds: int) -> dict[str, object]:
+def measure(job: str, family: str, virtual_tokens: int, rounds: int, size: str = "small") -> dict[str, object]:
     """Return one table of the benchmark."""
     rows = rows_of(job, torch.Generator().manual_seed(1))
     tokens = sum(len(ids) for ids, _ in rows)
-    cases = cases_of(job, family, virtual_tokens, rows)
+    shape = SHAPES[size][family]
+    cases = cases_of(job, family, virtual_tokens, rows, shape)
     seconds = interleaved(cases, rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rates = {str(dtype)[6:]: product_rate(dtype, tokens) for dtype in (torch.float32, torch.bfloat16)}
+    rates = {str(dtype)[6:]: product_rate(dtype, tokens, shape.hidden) for dtype in (torch.float32, torch.bfloat16)}
     counts = {name: products_of(case) for name, case in cases.items()}
     peer = next(iter(cases))
     return {
         "job": job,
         "family": family,
+        "size": size,
         "virtual_tokens": virtual_tokens,
         "rows": len(rows),
         "text_tokens": tokens,
@@ -201,8 +236,8 @@ def markdown(tables: list[dict[str, object]]) -> str:
         rates = ", ".join(f"{rate:.0f} GFLOP/s {name}" for name, rate in table["gflops"].items())
         lines += [
             "",
-            f"**{table['job']}**, {table['family']}-shaped, {table['virtual_tokens']} virtual tokens, {table['rows']} "
-            f"rows of {table['text_tokens']} text tokens together; matrix products here: {rates}",
+            f"**{table['job']}**, {table['family']}-shaped, {table['size']}, {table['virtual_tokens']} virtual tokens, "
+            f"{table['rows']} rows of {table['text_tokens']} text tokens together; matrix products here: {rates}",
             "",
             "| virtual tokens | seconds a step | times PEFT | over the rounds | of products |",
             "| --- | ---: | ---: | ---: | ---: |",
@@ -219,6 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--job", choices=["classify", "instruction"], action="append")
     parser.add_argument("--family", choices=["qwen", "bloom"], action="append")
+    parser.add_argument("--size", choices=SHAPES, default="small", help="half-billion takes 12 GB of memory")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -226,7 +262,7 @@ def main() -> None:
     for job in arguments.job or ["classify", "instruction"]:
         for family in arguments.family or ["qwen", "bloom"]:
             for virtual_tokens in (10, 100) if job == "classify" else (10,):
-                tables.append(measure(job, family, virtual_tokens, arguments.rounds))
+                tables.append(measure(job, family, virtual_tokens, arguments.rounds, arguments.size))
                 print(markdown(tables[-1:]), flush=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {versions}")

@@ -54,7 +54,7 @@ def test_parameters_are_frozen_and_dropout_stays_off_whatever_calls_train(tmp_pa
 
 
 @pytest.mark.parametrize(("asked", "found"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_dtype_on_a_processor_is_float32_unless_asked(asked: str, found: torch.dtype, tmp_path: Path) -> None:
+def test_a_narrow_model_is_float32_unless_asked(asked: str, found: torch.dtype, tmp_path: Path) -> None:
     tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     backbone = Backbone.load(ModelConfig(name=str(tmp_path), dtype=asked, device="cpu"))  # type: ignore[arg-type]

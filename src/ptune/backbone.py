@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptune.batch import IGNORED
@@ -29,7 +28,7 @@ from ptune.encoder_decoder import decoder_start, split_rows
 from ptune.errors import BackboneError
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of, may_pack
 from ptune.fingerprint import fingerprint, same_backbone, sampled_ids
-from ptune.loading import check_folder, check_tokenizer, find_device, first_position, quantization_config
+from ptune.loading import check_tokenizer, first_position, load_model
 from ptune.losses import next_token_labels, summed_loss
 from ptune.openings import context_of
 from ptune.output_head import OutputHead, Wanted
@@ -55,6 +54,7 @@ class Backbone:
         head: its output head.
         plans: how its forward passes are carried out.
         plan: ``auto`` for the cheapest that gives the same numbers, ``reference`` for the plain one.
+        quantization: as ``model.quantization`` asked when it was loaded; None for weights in full.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
@@ -84,6 +84,7 @@ class Backbone:
         self.plans = Plans(self._run, self.vocabulary_size, *where, may_pack=packs, virtual_tokens=tokens)
         self.head = OutputHead(model)
         self.plan: Literal["auto", "reference"] = "auto"
+        self.quantization: str | dict[str, Any] | None = None
         _self_test(self)
 
     @classmethod
@@ -93,31 +94,14 @@ class Backbone:
         Raises:
             BackboneError: neither a model folder nor reachable on the Hub, or not a language model that carries
                 virtual tokens.
+            MissingExtraError: what quantises it is not installed.
         """
         if isinstance(config, str):
             config = ModelConfig(name=config)
         source = str(MINI) if config.name == "mini" else config.name
-        check_folder(source)
-        device = find_device(config.device)
-        dtype: Any = config.dtype
-        if dtype == "auto" and device.type == "cpu":
-            dtype = "float32"  # half precision is stored for size; on a processor it is a choice of speed
-        arguments: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-        try:
-            model_config = AutoConfig.from_pretrained(source, **arguments)
-            kind = kind_of(model_config)
-            tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-            if config.attn_implementation:
-                arguments["attn_implementation"] = config.attn_implementation
-            if config.quantization:
-                arguments["quantization_config"] = quantization_config(config.quantization)
-            model = kind.auto_class.from_pretrained(source, dtype=dtype, **arguments)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise BackboneError(f'cannot load "{config.name}" as a language model: {reason}') from error
-        if not config.quantization:
-            model = model.to(device)
-        return cls(model, tokenizer, config.name)
+        backbone = cls(*load_model(config, source), config.name)
+        backbone.quantization = config.quantization
+        return backbone
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -27,13 +27,17 @@ class ModelConfig(Settings):
 
     name: str = Field("mini", description='Folder, Hub name, or "mini" for the model that comes with ptune.')
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description='Of the frozen weights; "auto" takes float32 on a processor and what is stored on a GPU.'
+        "auto",
+        description='Of the frozen weights; "auto" takes bfloat16 where GPU or processor multiplies it fast and hidden '
+        "states are 256 wide or wider, else float32.",
     )
     device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps".')
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
     attn_implementation: str | None = Field(None, description="Passed to transformers: sdpa, eager, flash_attention_2.")
-    quantization: dict[str, Any] | None = Field(
-        None, description="Keyword arguments of a transformers config, with its quant_method."
+    quantization: Literal["int8", "int4"] | dict[str, Any] | None = Field(
+        None,
+        description="Rounds the frozen weights, by torchao on a processor and bitsandbytes on CUDA; or keyword "
+        "arguments of a transformers config, with its quant_method.",
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off unless asked.")
 

@@ -171,14 +171,15 @@ def _write_whole(backbone: Backbone, answers: Sequence[Answer], use_cache: bool)
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
     )
-    backbone.model.generate(
-        torch.cat([before, text.input_ids], dim=-1).to(backbone.device),
-        attention_mask=torch.cat([before, text.attention_mask], dim=-1).to(backbone.device),
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([_Choice(answers)]),
-        stopping_criteria=StoppingCriteriaList([_Ended(answers)]),
-        **({} if past is None else {"past_key_values": past}),
-    )
+    with backbone.head.on_dense_states():
+        backbone.model.generate(
+            torch.cat([before, text.input_ids], dim=-1).to(backbone.device),
+            attention_mask=torch.cat([before, text.attention_mask], dim=-1).to(backbone.device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([_Choice(answers)]),
+            stopping_criteria=StoppingCriteriaList([_Ended(answers)]),
+            **({} if past is None else {"past_key_values": past}),
+        )
 
 
 class _Choice(LogitsProcessor):

@@ -1,4 +1,4 @@
-"""What is looked at before and while a model is loaded: its folder, tokenizer, device and quantisation.
+"""Loads a model with its tokenizer, and looks before at its folder, tokenizer, device and quantisation.
 
 Each is refused in a sentence before transformers would fail in a page. Knows nothing of virtual tokens or tasks.
 """
@@ -10,11 +10,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ptune.config import ModelConfig
 from ptune.errors import BackboneError, did_you_mean
-from ptune.families import MASKED, Kind
+from ptune.families import MASKED, Kind, kind_of
+from ptune.precision import precision_for
+from ptune.quantization import quantize
+
+
+def load_model(config: ModelConfig, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer from a folder or the Hub, onto their device.
+
+    Raises:
+        BackboneError: neither a model folder nor reachable on the Hub, no language model, or it cannot be quantised so.
+        MissingExtraError: what quantises it is not installed.
+    """
+    check_folder(source)
+    device = find_device(config.device)
+    arguments: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    rounded = config.quantization if isinstance(config.quantization, str) and device.type == "cpu" else None
+    settings = None if rounded else quantization_settings(config.quantization, device)
+    try:
+        model_config = AutoConfig.from_pretrained(source, **arguments)
+        kind = kind_of(model_config)
+        dtype = precision_for(config.dtype, device, model_config.get_text_config().hidden_size).dtype
+        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+        if config.attn_implementation:
+            arguments["attn_implementation"] = config.attn_implementation
+        if settings:
+            arguments["quantization_config"] = quantization_config(settings)
+        model = kind.auto_class.from_pretrained(source, dtype=dtype, **arguments)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BackboneError(f'cannot load "{config.name}" as a language model: {reason}') from error
+    if not settings:
+        model = model.to(device)
+    if rounded:
+        quantize(model.requires_grad_(False), rounded, config.name)
+    return model, tokenizer
 
 
 def first_position(model: PreTrainedModel) -> int:
@@ -87,6 +123,31 @@ def find_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def quantization_settings(asked: str | dict[str, Any] | None, device: torch.device) -> dict[str, Any] | None:
+    """Return keyword arguments of a transformers config for what ``model.quantization`` asks of it.
+
+    Raises:
+        BackboneError: the device has no such weights.
+    """
+    if isinstance(asked, dict):
+        if asked.get("quant_method") == "bitsandbytes" and device.type != "cuda":
+            raise BackboneError(
+                f'model.quantization: bitsandbytes runs on CUDA, and the device here is "{device.type}"; on a '
+                "processor choose int8 or int4, which torchao rounds"
+            )
+        return asked
+    if asked is None:
+        return None
+    if device.type != "cuda":
+        raise BackboneError(
+            f"model.quantization {asked} runs on a processor by torchao or on CUDA by bitsandbytes, and the device "
+            f'here is "{device.type}"; set model.device to cpu, or leave it out'
+        )
+    if asked == "int8":
+        return {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
 
 
 def quantization_config(settings: dict[str, Any]) -> Any:

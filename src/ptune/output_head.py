@@ -83,6 +83,23 @@ class OutputHead:
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def on_dense_states(self) -> Iterator[None]:
+        """Give the head a dense block of hidden states in every forward pass of the block.
+
+        The last position of each row, ``[B, 1, H]``, is a view with gaps, for which torch multiplies row by row by B
+        copies of the matrix: seconds in bfloat16.
+        """
+        head = self._model.get_output_embeddings()
+        if head is None:
+            yield
+            return
+        hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(), *arguments[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def examine(self, run: Callable[[], Tensor]) -> None:
         """Find out whether the head is plain, by hidden states whose logits are large enough to show what follows it.
 

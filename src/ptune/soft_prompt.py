@@ -8,6 +8,7 @@ Knows nothing of training or serving. Shapes: P virtual tokens, H width, W as in
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -223,6 +224,7 @@ class SoftPrompt:
         if width == backbone.hidden_size and backbone.matches(self.fingerprint):
             if self.deep is not None:
                 check_shape(self.deep, backbone)
+            self._note_other_weights(backbone.quantization)
             return
         saved, present = self.fingerprint.get("config", {}), backbone.fingerprint()["config"]
         differing = [
@@ -239,6 +241,16 @@ class SoftPrompt:
             f'the soft prompt belongs to another backbone: it was trained on "{self.backbone_name}" and the one loaded '
             f'is "{backbone.name}" ({what}); {mend}'
         )
+
+    def _note_other_weights(self, present: str | dict[str, Any] | None) -> None:
+        """Say that it was trained on weights that were rounded otherwise: it fits, and scores a little differently."""
+        settings = self.summary.get("model")
+        trained = settings.get("quantization") if isinstance(settings, dict) else None
+        if settings and trained != present:
+            logging.getLogger("ptune").warning(
+                f"the soft prompt was trained on {_weights(trained)} and is used on {_weights(present)}, where it may "
+                "score otherwise; ptune eval says how"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return what there is to say about it, as JSON values: for `ptune inspect` and the model card."""
@@ -339,3 +351,10 @@ def import_peft(
         max_length=max_length,
         summary={"imported": origin},
     )
+
+
+def _weights(quantization: str | dict[str, Any] | None) -> str:
+    """Return a setting of ``model.quantization`` in words."""
+    if quantization is None:
+        return "weights in full"
+    return f"weights of {quantization if isinstance(quantization, str) else quantization.get('quant_method')}"

@@ -6,8 +6,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ptune.backbone import Backbone
     from ptune.candidates import SearchConfig
-    from ptune.config import RunConfig
+    from ptune.config import ModelConfig, RunConfig
 
 
 def explain_run(config: RunConfig) -> None:
@@ -23,6 +24,15 @@ def explain_search(config: RunConfig, settings: SearchConfig) -> None:
     candidates = candidates_of(config, settings)
     check_searchable(config)
     _explain([candidate.config for candidate in candidates])
+
+
+def _precision(settings: ModelConfig, backbone: Backbone) -> str:
+    """Return a line on the dtype of the backbone and why it has that one."""
+    from ptune.precision import precision_for
+
+    why = precision_for(settings.dtype, backbone.device, backbone.model.config.get_text_config().hidden_size).why
+    rounded = f", weights of {settings.quantization}" if isinstance(settings.quantization, str) else ""
+    return f"backbone: {str(backbone.dtype).removeprefix('torch.')} ({why}){rounded}"
 
 
 def _explain(configs: list[RunConfig]) -> None:
@@ -50,6 +60,7 @@ def _explain(configs: list[RunConfig]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     together = f", {len(configs)} candidates at once" if len(configs) > 1 else ""
     console.print(f"{found.steps:,} of {found.total_steps:,} steps looked at{together}")
+    console.print(_precision(configs[0].model, backbone))
     forwards = sum(found.plans.values())
     for (plan, why), count in found.plans.items():
         console.print(f"plan: [bold]{plan}[/] for {count / forwards:.0%} of forwards ({escape(why)})")

@@ -94,6 +94,9 @@ def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tags" if "tags" in task else "labels", ", ".join(outputs)
         yield "linear head", f"{head['outputs']} outputs, read from hidden states of width {head['width']}"
     yield "backbone", described["backbone"]
+    if in_training := _if_known(summary, "{dtype}"):
+        rounded = (summary.get("model") or {}).get("quantization")
+        yield "trained in", in_training + (f", weights of {rounded}" if isinstance(rounded, str) else "")
     yield (
         "virtual tokens",
         f"{described['virtual_tokens']} of width {described['width']}, norms {norms['least']:.2g} to "

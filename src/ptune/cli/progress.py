@@ -51,10 +51,13 @@ class ProgressReporter(Reporter):
         prompted, backbone = parts.prompted, parts.prompted.backbone
         trained = sum(parameter.numel() for parameter in prompted.parameters())
         total = sum(parameter.numel() for parameter in backbone.model.parameters())
+        quantization = backbone.quantization
+        rounded = f", weights of {quantization}" if isinstance(quantization, str) else ""
         outputs = 0 if prompted.head is None else len(prompted.head.bias)
         head = f" and a linear head of {outputs} outputs" if outputs else ""
         self.console.print(
-            f"[bold]{escape(config.model.name)}[/] {total:,} parameters, all frozen; "
+            f"[bold]{escape(config.model.name)}[/] {total:,} parameters in "
+            f"{str(backbone.dtype).removeprefix('torch.')}{rounded}, all frozen; "
             f"trained: {trained:,} ({100 * trained / (trained + total):.2f}%) "
             f"for {prompted.num_virtual_tokens} virtual tokens{head}"
         )
