@@ -276,6 +276,18 @@ def test_inspect_data_shows_examples_as_the_model_sees_them(place: Path) -> None
     assert f"{text + 4 + words} tokens, {words} supervised" in said
 
 
+def test_columns_that_are_no_json_stand_beside_the_answers_as_text(classifier: Path, tmp_path: Path) -> None:
+    from datetime import date
+
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"text": "a soup", "day": date(2026, 3, 1)}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "dated.parquet")
+    said = json.loads(run("predict", classifier, tmp_path / "dated.parquet").stdout)
+    assert said["day"] == "2026-03-01"
+
+
 def test_a_peft_adapter_is_imported_with_its_rows(place: Path, tmp_path: Path) -> None:
     model = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     model.save_pretrained(tmp_path / "adapter")

@@ -104,7 +104,14 @@ def test_an_unknown_kind_of_task_is_answered_with_all_kinds(task: dict[str, str]
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("a: [1", "is no readable YAML"), ("- a\n- b\n", "holds list"), ("", "holds NoneType"), ("word", "holds str")],
+    [
+        ("a: [1", "is no readable YAML"),
+        ("training:\n  seed: 1\ntraining:\n  seed: 2\n", "training stands there twice; leave one of the two out"),
+        ("a: 2020-99-01\n", "is no readable YAML"),
+        ("- a\n- b\n", "holds list"),
+        ("", "holds NoneType"),
+        ("word", "holds str"),
+    ],
 )
 def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, text: str, found: str) -> None:
     file = tmp_path / "run.yaml"

@@ -140,7 +140,7 @@ def test_an_example_fits_its_data_set(name: str, request: pytest.FixtureRequest,
         letters = {label: f" {chr(ord('A') + number)}" for number, label in enumerate(config.task.verbalizer)}
         config = config.model_copy(update={"task": config.task.model_copy(update={"verbalizer": letters})})
     template = Template.parse(config.prompt.template)
-    train, dev = read_records(config, template)
+    train, dev = read_records(config)
     assert train
     assert dev
     config = config.model_copy(update={"task": completed(config.task, [*train, *dev])})

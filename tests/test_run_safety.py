@@ -64,6 +64,16 @@ def test_a_run_is_not_resumed_on_another_model(backbone: Backbone, tmp_path: Pat
         train(settings, backbone=Backbone(model, tiny_tokenizer(), "tiny"), records=records(ROWS), resume=True)
 
 
+def test_half_a_line_of_the_log_does_not_hinder_a_resumed_run(backbone: Backbone, tmp_path: Path) -> None:
+    settings = config(tmp_path / "prompt")
+    rows = train(settings, backbone=backbone, records=records(ROWS)).rows
+    log = tmp_path / "prompt" / "run" / "log.jsonl"
+    whole = log.read_text(encoding="utf-8")
+    log.write_text(whole + '{"step": 4, "los', encoding="utf-8")
+    assert torch.equal(train(settings, backbone=backbone, records=records(ROWS), resume=True).rows, rows)
+    assert log.read_text(encoding="utf-8") == whole
+
+
 def test_a_metric_that_is_not_installed_leaves_the_old_run_alone(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

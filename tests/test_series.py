@@ -94,6 +94,8 @@ def test_shots_are_so_many_of_each_label_whatever_the_order() -> None:
     assert sorted(record["text"] for record in backwards) == sorted(record["text"] for record in drawn)
     assert draw_shots(records, "label", 5, seed=2) != drawn
     assert len(draw_shots(records, "label", 30)) == 50
+    nameless = Record({"text": "of no label"}, location="line 51")
+    assert nameless in draw_shots([*records, nameless], "label", 5, seed=1, exact=True)  # for the task to name
     with pytest.raises(DataError, match=r'asks for 30 records of each label, and "true" has 20'):
         draw_shots(records, "label", 30, exact=True)
 

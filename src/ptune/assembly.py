@@ -83,7 +83,7 @@ def assemble(
         ConfigError, TemplateError, DataError: the settings, the template or a record cannot be used.
     """
     template = template_for(config, backbone)
-    train, dev = records or read_records(config, template)
+    train, dev = records or read_records(config)
     config = config.model_copy(update={"task": completed(config.task, train)})
     prompted = PromptedModel(backbone, build_prompt_encoder(config, backbone, template))
     try:
@@ -197,7 +197,7 @@ def build_head(
     return LinearHead.new(len(outputs), states, config.training.seed), notes
 
 
-def read_records(config: RunConfig, template: Template) -> tuple[list[Record], list[Record]]:
+def read_records(config: RunConfig) -> tuple[list[Record], list[Record]]:
     """Return training and dev records as ``config.data`` says.
 
     Dev is what is named; else what the training data's own folder or Hub name holds; else a share of train.
@@ -216,7 +216,8 @@ def read_records(config: RunConfig, template: Template) -> tuple[list[Record], l
         dev = load_records(held_out, split="dev", fields=data.fields)
     else:
         # what counts as the same text is what the template shows of it
-        train, dev = split_dev(train, data.dev_fraction, data.dev_limit, seed, fields=template.fields)
+        fields = Template.parse(config.prompt.template).fields
+        train, dev = split_dev(train, data.dev_fraction, data.dev_limit, seed, fields=fields)
     if data.shots is not None and isinstance(config.task, ClassificationConfig | LinearClassificationConfig):
         label = config.task.label_field
         train = draw_shots(train, label, data.shots, seed, exact=True)

@@ -32,6 +32,24 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return parse_config(read_values(path), overrides, source=str(path))
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Reads YAML, and refuses a name that stands twice in one mapping, of which YAML itself would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping.
+
+        Raises:
+            yaml.constructor.ConstructorError: a name stands there twice.
+        """
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} stands there twice; leave one of the two out", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def read_values(path: str | Path) -> dict[str, Any]:
     """Return what a YAML file of settings holds, not checked yet.
 
@@ -43,8 +61,8 @@ def read_values(path: str | Path) -> dict[str, Any]:
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigError(f'there is no config file "{path}".{did_you_mean(path.name, names)}')
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f'"{path}" is no readable YAML: {" ".join(str(error).split())}') from error
     if not isinstance(values, dict):
         raise ConfigError(f'"{path}" should hold settings as `name: value`, and holds {type(values).__name__}')

@@ -120,9 +120,12 @@ def draw_shots(
         DataError: ``exact``, and a label has fewer records.
     """
     groups: dict[str, list[int]] = {}
-    for index, record in enumerate(records):
-        groups.setdefault(label_text(record.get(label_field)), []).append(index)
     chosen: set[int] = set()
+    for index, record in enumerate(records):
+        if record.get(label_field) in (None, ""):
+            chosen.add(index)
+        else:
+            groups.setdefault(label_text(record[label_field]), []).append(index)
     for label, indices in groups.items():
         if exact and len(indices) < count:
             raise DataError(

@@ -12,6 +12,7 @@ Knows the settings, and nothing of models.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -105,7 +106,7 @@ class RunFolder:
         self._begun = True
 
     def forget_after(self, step: int) -> None:
-        """Drop the log's lines of steps that a kill has lost, for they are taken again.
+        """Drop the log's lines of steps that a kill has lost, for they are taken again, and a line that it cut.
 
         Raises:
             OutputError: the log cannot be written.
@@ -113,7 +114,7 @@ class RunFolder:
         path = self.run / LOG
         if self._writes and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 write_text(path, "".join(line + "\n" for line in kept))
 
@@ -175,3 +176,11 @@ class RunFolder:
             raise OutputError(
                 f'"{self.path}" holds another run; choose another --output, or --resume it, or --overwrite it'
             )
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of the log; infinity for half a line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf

@@ -43,7 +43,6 @@ from ptune.side_by_side import answer_side_by_side, one_forward_each
 from ptune.soft_prompt import SoftPrompt
 from ptune.stopping import Stopped, stop_signal
 from ptune.tasks import Asked
-from ptune.template import Template
 
 
 def search(
@@ -81,7 +80,7 @@ def search(
         folder = stack.enter_context(RunFolder(config, resume=False, overwrite=overwrite))
         if records is None:
             first = candidates[0].config  # all say alike where records come from and how dev is drawn
-            records = read_records(first, Template.parse(first.prompt.template))
+            records = read_records(first)
         if backbone is None:
             backbone = Backbone.load(config.model)
         stack.callback(set_random_state, before)

@@ -34,7 +34,6 @@ from ptune.reporting import Reporter
 from ptune.run_folder import RunFolder
 from ptune.soft_prompt import SoftPrompt
 from ptune.stopping import Stopped, stop_signal
-from ptune.template import Template
 
 
 def train(
@@ -69,7 +68,7 @@ def train(
     before = random_state()
     with RunFolder(config, resume=resume, overwrite=overwrite, writes=accelerator.is_main_process) as folder:
         if records is None:  # read before a model is loaded, which takes its time
-            records = read_records(config, Template.parse(config.prompt.template))
+            records = read_records(config)
         if backbone is None:
             device = config.model.device if config.model.device != "auto" else str(accelerator.device)
             backbone = Backbone.load(config.model.model_copy(update={"device": device}))

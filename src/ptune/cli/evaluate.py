@@ -47,6 +47,7 @@ def evaluate(
 
     quiet()
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Column, Table
 
     from ptune.cli.progress import format_value
@@ -63,7 +64,9 @@ def evaluate(
     metrics = assessment.metrics
     part = "" if Path(data).is_file() else f" ({split})"
     table = Table(
-        "metric", Column("value", justify="right"), title=f"{prompt} on {len(records):,} records of {data}{part}"
+        "metric",
+        Column("value", justify="right"),
+        title=escape(f"{prompt} on {len(records):,} records of {data}{part}"),
     )
     for metric, value in metrics.items():
         table.add_row(metric, format_value(metric, value))
@@ -71,7 +74,8 @@ def evaluate(
     if assessment.labels:
         Console().print(confusion_table(assessment.labels, assessment.confusion))
     if json_file is not None:
-        about = {"prompt": str(prompt), "data": data, "split": split, "records": len(records)}
+        part_read = None if Path(data).is_file() else split
+        about = {"prompt": str(prompt), "data": data, "split": part_read, "records": len(records)}
         write_json(json_file, about | assessment.values())
 
 
@@ -127,7 +131,7 @@ def predict(
             records = [engine.first_field(name, data)]
         answers = engine.predict(name, records, batch_size=batch_size)
     lines = "".join(
-        json.dumps(_beside(record, answer), ensure_ascii=False) + "\n"
+        json.dumps(_beside(record, answer), ensure_ascii=False, default=str) + "\n"  # a table may hold dates
         for record, answer in zip(records, answers, strict=True)
     )
     if output is None:

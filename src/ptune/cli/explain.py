@@ -44,9 +44,8 @@ def _explain(configs: list[RunConfig]) -> None:
     from ptune.checkpoint import random_state, set_random_state
     from ptune.explanation import explain
     from ptune.learner import Learner
-    from ptune.template import Template
 
-    records = read_records(configs[0], Template.parse(configs[0].prompt.template))
+    records = read_records(configs[0])
     backbone, before = Backbone.load(configs[0].model), random_state()
     with ExitStack() as stack:
         stack.callback(set_random_state, before)

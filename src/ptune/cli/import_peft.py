@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -23,14 +24,16 @@ def import_peft(
     from ptune.cli.quiet import quiet
 
     quiet()
+    from ptune.assembly import template_for
     from ptune.backbone import Backbone
     from ptune.errors import OutputError
     from ptune.soft_prompt import import_peft as read
 
     if (output / "ptune.json").exists():
         raise OutputError(f'"{output}" holds another soft prompt; choose another --output')
-    prompt = read(
-        adapter, backbone=Backbone.load(settings.model), template=settings.prompt.template, task=settings.task
-    )
+    backbone = Backbone.load(settings.model)
+    prompt = read(adapter, backbone=backbone, template=template_for(settings, backbone).source, task=settings.task)
+    asked = settings.prompt
+    prompt = dataclasses.replace(prompt, max_length=asked.max_length, overlong=asked.overlong or prompt.overlong)
     prompt.save(output)
     typer.echo(f"{len(prompt.rows)} virtual tokens imported to {output}")

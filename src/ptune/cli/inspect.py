@@ -63,7 +63,7 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     backbone = Backbone.load(settings.model)
     template = template_for(settings, backbone)
     console = Console(highlight=False, soft_wrap=True)
-    train, _ = read_records(settings, template)
+    train, _ = read_records(settings)
     settings = settings.model_copy(update={"task": completed(settings.task, train)})
     task = build_task(settings, template, backbone)
     for record in train[:count]:
@@ -71,7 +71,7 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
         for segment in preview(task.renderer, row) if row is not None else ():
             marked = segment.kind == "answer" and not console.is_terminal  # a file shows no colours
             text.append(f">>{segment.text}<<" if marked else segment.text, style=_COLOURS[segment.kind])
-        console.rule(f"[dim]{getattr(record, 'location', '')}", align="left")
+        console.rule(f"[dim]{escape(getattr(record, 'location', ''))}", align="left")
         console.print(text)
         if row is not None:
             supervised = sum(label >= 0 for label in row.labels)

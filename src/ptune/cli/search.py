@@ -53,6 +53,8 @@ def search(
 
         explain_search(run, settings)
         return
+    from rich.markup import escape
+
     from ptune.cli.search_progress import SearchProgress
     from ptune.run_folder import CANDIDATES
     from ptune.searching import search as search_for
@@ -61,7 +63,8 @@ def search(
     try:
         with SearchProgress() as reporter:
             search_for(run, settings, reporter=reporter, overwrite=overwrite)
-            reporter.console.print(f"saved [bold]{run.output}[/]; all candidates: {run.output / 'run' / CANDIDATES}")
+            table = escape(str(run.output / "run" / CANDIDATES))
+            reporter.console.print(f"saved [bold]{escape(str(run.output))}[/]; all candidates: {table}")
     except Stopped as stopped:  # typer would end without a word
         typer.echo(f"ptune: {stopped}", err=True)
         raise typer.Exit(130) from None

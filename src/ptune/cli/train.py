@@ -45,6 +45,8 @@ def train(
     from ptune.cli.quiet import quiet
     from ptune.config_file import load_config
 
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite begins anew; give one of the two")
     files = [config]
     while context.args and not context.args[0].startswith("--"):
         files.append(Path(context.args.pop(0)))
@@ -86,13 +88,14 @@ def _train(config: RunConfig, **options: Any) -> SoftPrompt:
 
 def _train_in_turn(configs: list[RunConfig], *, resume: bool, overwrite: bool) -> list[SoftPrompt]:
     from rich.console import Console
+    from rich.markup import escape
 
     from ptune.series import check_series, may_resume, with_backbones
 
     check_series(configs, resume=resume, overwrite=overwrite)
     prompts = []
     for number, (config, backbone) in enumerate(with_backbones(configs), 1):
-        Console().rule(f"{number} of {len(configs)}: {config.output}", align="left")
+        Console().rule(escape(f"{number} of {len(configs)}: {config.output}"), align="left")
         going_on = may_resume(config, resume)
         prompts.append(_train(config, backbone=backbone, resume=going_on, overwrite=overwrite))
     return prompts
@@ -100,6 +103,7 @@ def _train_in_turn(configs: list[RunConfig], *, resume: bool, overwrite: bool) -
 
 def _train_seeds(config: RunConfig, count: int, *, resume: bool, overwrite: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ptune.cli.progress import format_value
@@ -111,7 +115,7 @@ def _train_seeds(config: RunConfig, count: int, *, resume: bool, overwrite: bool
     table = Table("seed", "before", "after", "best step", "soft prompt", title=f"{metric} on dev over {count} seeds")
     for one, prompt in zip(configs, prompts, strict=True):
         before, after = (format_value(metric, prompt.summary[when][metric]) for when in ("before", "after"))
-        table.add_row(str(one.training.seed), before, after, str(prompt.summary["best_step"]), str(one.output))
+        table.add_row(str(one.training.seed), before, after, str(prompt.summary["best_step"]), escape(str(one.output)))
     mean, deviation = (format_value(metric, value) for value in spread(prompts, metric))
     table.add_section()
     table.add_row("mean", "", f"{mean} ± {deviation}", "", "")

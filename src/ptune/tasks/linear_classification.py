@@ -163,8 +163,9 @@ def labels_of(record: Mapping[str, Any], config: LinearClassificationConfig) -> 
     """
     value = answer_value(record, config.label_field, "task.label_field", "label")
     if not config.multi_label:
-        if isinstance(value, list | dict) or value is None:
-            found = f"holds {type(value).__name__}" if value is not None else "is empty"
+        blank = value is None or not label_text(value).strip()
+        if isinstance(value, list | dict) or blank:
+            found = "is empty" if blank else f"holds {type(value).__name__}"
             raise DataError(
                 f'{location(record)}: its label in the field "{config.label_field}" {found}, and should be one label; '
                 "write it there, or set task.multi_label for several"
