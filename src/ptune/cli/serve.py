@@ -93,12 +93,13 @@ def serve(
     }
     check_extra()
     from ptune.cli.quiet import quiet
+
+    quiet()
     from ptune.config import ModelConfig
     from ptune.serve.app import create_app
     from ptune.serve.security import read_tokens
     from ptune.serve.settings import ServeSettings
 
-    quiet()
     settings = checked(ServeSettings, log_text=log_text, **limits)
     model = checked(ModelConfig, name=backbone, dtype=dtype, device=device)
     tokens = read_tokens(tokens_file)
