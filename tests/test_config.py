@@ -349,3 +349,21 @@ def test_values_that_hold_equals_signs_and_lines_do_not_confuse_the_comparison()
     one = parse_config(SMALL, {"prompt.template": "a=b\n- c[P]{answer}"})
     other = parse_config(SMALL, {"prompt.template": "a=b\n- d[P]{answer}"})
     assert differing_settings(one, other) == ["prompt.template"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "training", "rate"),
+    [({}, {}, 0.005), ({"deep": True}, {}, 0.05), ({"deep": True}, {"epochs": 1}, 0.05)]
+    + [({"deep": True}, {"learning_rate": 0.01}, 0.01), ({"deep": False}, {"epochs": 1}, 0.005)],
+)
+def test_a_deep_prompt_has_a_rate_of_its_own_unless_one_is_given(
+    prompt: dict[str, Any], training: dict[str, Any], rate: float
+) -> None:
+    values = {
+        "task": {"type": "classification", "verbalizer": {"a": " good", "b": " bad"}},
+        "prompt": {"template": "[P*4]{text}{answer}"} | prompt,
+        "training": training,
+    }
+    config = RunConfig.model_validate(values)
+    assert config.training.learning_rate == rate
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config

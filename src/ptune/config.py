@@ -21,6 +21,9 @@ from ptune.task_config import (
 )
 from ptune.template import Template
 
+_DEEP_RATE = 0.05
+"""Keys and values want ten times the rate of virtual tokens: docs/recipes.md."""
+
 
 class ModelConfig(Settings):
     """Which backbone to load and how. A plain string stands for ``name``."""
@@ -174,7 +177,9 @@ class TrainingConfig(Settings):
     max_tokens_per_batch: int | None = Field(
         None, gt=0, description="A forward of more tokens, padding included, is run in parts: less memory, same step."
     )
-    learning_rate: float = Field(5e-3, gt=0, description="Highest rate, after the warm-up.")
+    learning_rate: float = Field(
+        5e-3, gt=0, description=f"Highest rate, after the warm-up; {_DEEP_RATE:g} where prompt.deep is on."
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the rate falls to zero.")
     warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
@@ -240,6 +245,17 @@ class RunConfig(Settings):
     output: Path = Field(
         Path("prompts/prompt"), description="Folder of the soft prompt; the run's own files stand in its folder run."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_a_deep_prompt(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        prompt, training = values.get("prompt"), values.get("training") or {}
+        deep = prompt.get("deep") if isinstance(prompt, dict) else getattr(prompt, "deep", False)
+        if deep and isinstance(training, dict) and training.get("learning_rate") is None:
+            return values | {"training": training | {"learning_rate": _DEEP_RATE}}
+        return values
 
     @model_validator(mode="after")
     def _deep_prompts_keep_their_cache(self) -> RunConfig:
