@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.config import RunConfig
@@ -16,28 +19,39 @@ from ptune.config_file import config_yaml
 
 SCRIPT = """
 import json, os, sys
+from ptune.backbone import Backbone
 from ptune.config_file import load_config
 from ptune.reporting import Reporter
 from ptune.stopping import Stopped
 from ptune.training import train
 
-class Witness(Reporter):
-    seen = {"plans": [], "step": None}
+config = load_config(sys.argv[1])
+seen = {"plans": [], "written": [], "held": {}}
 
+def watch(event, arguments):
+    writes = event in ("os.mkdir", "os.rename", "os.remove") or (
+        event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    )
+    if writes and str(arguments[0]).startswith(str(config.output) + os.sep):
+        seen["written"].append(str(arguments[0]))
+
+class Witness(Reporter):
     def started(self, config, parts, total_steps, step):
-        local = lambda weight: getattr(weight, "to_local", lambda: weight)().numel()
-        self.seen["held"] = {n: [local(p), p.numel()] for n, p in parts.prompted.backbone.model.named_parameters()}
+        for name, weight in parts.prompted.backbone.model.named_parameters():
+            own = weight.to_local() if hasattr(weight, "to_local") else weight
+            seen["held"][name] = [own.untyped_storage().nbytes(), weight.numel() * weight.element_size()]
 
     def planned(self, plan, why):
-        self.seen["plans"].append([plan, why])
+        seen["plans"].append(plan)
 
+sys.addaudithook(watch)
+given = {"backbone": Backbone.load(config.model)} if sys.argv[2] == "given" else {}
 try:
-    train(load_config(sys.argv[1]), resume=sys.argv[2] == "resume", reporter=Witness())
+    train(config, resume=sys.argv[2] == "resume", reporter=Witness(), **given)
 except Stopped:
     sys.exit(0)
-rank = os.environ["RANK"]
-with open(sys.argv[1].removesuffix(".yaml") + f"-{rank}.json", "w") as file:
-    json.dump(Witness.seen, file)
+with open(sys.argv[1].removesuffix(".yaml") + "-" + os.environ["RANK"] + ".json", "w") as file:
+    json.dump(seen, file)
 """
 SETTINGS: dict[str, Any] = {
     "task": {"type": "classification", "verbalizer": {"positive": " good", "negative": " bad"}},
@@ -70,6 +84,7 @@ def config_of(
     task: dict[str, Any] = SETTINGS["task"],
     *,
     family: str = "llama",
+    dtype: str = "float32",
     prompt: dict[str, Any] | None = None,
     **training: Any,
 ) -> RunConfig:
@@ -77,7 +92,7 @@ def config_of(
     return RunConfig.model_validate(
         SETTINGS
         | {
-            "model": str(folder / family),
+            "model": {"name": str(folder / family), "dtype": dtype},
             "data": {"train": str(folder / "train.jsonl"), "dev": str(folder / "dev.jsonl")},
             "task": task,
             "prompt": {"template": template} | (prompt or {}),
@@ -98,7 +113,33 @@ def start(folder: Path, config: RunConfig, mode: str = "new", *launcher: str) ->
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def witnesses(config: RunConfig) -> list[dict[str, Any]]:
-    """Return what each process of a finished run has seen."""
+def finish(folder: Path, config: RunConfig, mode: str = "new", *launcher: str) -> list[dict[str, Any]]:
+    """Run two processes to their end, and return what each of them has seen; see `SCRIPT`."""
+    process = start(folder, config, mode, *launcher)
+    try:
+        _, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    assert process.returncode == 0, errors
     files = [config.output.with_name(f"{config.output.name}-{rank}.json") for rank in range(2)]
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill the launcher with its processes, which have sessions of their own."""
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def break_off(folder: Path, config: RunConfig) -> None:
+    """Begin a run of two processes and kill it in the middle, a checkpoint written."""
+    process = start(folder, config)
+    checkpoint = config.output / "run" / "checkpoint.safetensors"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    kill(process)
+    assert checkpoint.exists()
+    assert not (config.output / "ptune.json").exists()

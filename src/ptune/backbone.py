@@ -69,7 +69,8 @@ class Backbone:
                 reads ids elsewhere than in its input embedding.
         """
         self.model = model.requires_grad_(False).eval()
-        self.kind: Kind = kind_of(model.config, type(model).__name__)
+        self._family = type(model).__name__  # FSDP gives the model another class
+        self.kind: Kind = kind_of(model.config, self._family)
         self._tokenizer = tokenizer
         self.name = name
         self.vocabulary_size, self.hidden_size = input_matrix(model).shape
@@ -239,7 +240,7 @@ class Backbone:
         if self._recomputed and torch.is_grad_enabled():
             return "layers that recompute their activations drop their cache"
         if self._cached_length == 0:
-            return f"no other is known to give the same numbers for {type(self.model).__name__}"
+            return f"no other is known to give the same numbers for {self._family}"
         if self._cached_length is not None and tokens > self._cached_length:
             return f"rows are longer than the {self._cached_length} tokens that attention sees"
         return None

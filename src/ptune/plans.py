@@ -196,13 +196,15 @@ class Plans:
         return not self._agrees or self._alike is None or self._alike(passes)
 
     def _agreed(self, choice: Choice) -> Choice:
+        """Return a plan of as many passes as all processes take: of one, where these differ."""
         if self._agrees and choice.context_tokens:
             why = "contexts that are not kept would take passes which other processes lack"
             choice = Choice("reference", why, choice.tokens)
         several = choice.plan == "shared prefix"
         if self.agree(sum(1 + bool(group.shared) for group in choice.groups) if several else 1) or not several:
             return choice
-        return Choice("reference", "the batch of another process shares no prefix", choice.tokens)
+        plan: PlanName = "packed rows" if self.may_pack else "reference"
+        return Choice(plan, "another process has a batch of one pass", choice.tokens, groups=choice.groups)
 
     def note(self, plan: PlanName, why: str) -> None:
         """Remember by which plan the latest pass went, and why."""

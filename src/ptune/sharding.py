@@ -47,14 +47,14 @@ def shard_layers(model: PreTrainedModel, device: torch.device, name: str) -> Non
     outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}
     if not inside:
         raise ConfigError(
-            f'training.shard_backbone knows no layers of a {type(model).__name__} as "{name}" is; leave it out'
+            f'training.shard_backbone does not know the layers of {type(model).__name__}, which "{name}" is; leave it out'
         )
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in reversed(layers):  # what stands in another one before it
         fully_shard(layer, mesh=mesh)
     # The whole model too, with no weight of its own: so the next layer is gathered while one computes.
     fully_shard(model, mesh=mesh, ignored_params=outside)
-    model.to(device)
+    nn.Module.to(model, device)
 
 
 def alike(number: int, device: torch.device) -> bool:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 
 from ptune.assembly import Parts, assemble, read_records
 from ptune.backbone import Backbone
@@ -252,6 +253,12 @@ class _Run:
 
 def _accelerator(config: RunConfig) -> Accelerator:
     settings = config.training
+    for flag in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
+            raise ConfigError(
+                f"accelerate is set up for {flag}, which would cut the little that is trained in parts; leave it out "
+                "there, and set training.shard_backbone to share out the frozen model"
+            )
     if config.model.device.startswith("cuda:"):
         torch.cuda.set_device(find_device(config.model.device))  # the accelerator takes the current one
     try:
@@ -266,11 +273,6 @@ def _accelerator(config: RunConfig) -> Accelerator:
             f"training.mixed_precision {settings.mixed_precision} with training.trackers {list(settings.trackers)}: "
             f"{error}"
         ) from error
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ConfigError(
-            f"accelerate is set up for {accelerator.distributed_type.value}, which would cut what is trained in parts, "
-            "and that is tiny; leave it out there, and set training.shard_backbone to share out the frozen model"
-        )
     installed = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     missing = sorted(set(settings.trackers) - installed)
     if missing:
