@@ -47,7 +47,8 @@ def shard_layers(model: PreTrainedModel, device: torch.device, name: str) -> Non
     outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}
     if not inside:
         raise ConfigError(
-            f'training.shard_backbone does not know the layers of {type(model).__name__}, which "{name}" is; leave it out'
+            f'training.shard_backbone does not know the layers of {type(model).__name__}, which "{name}" is; leave it '
+            "out"
         )
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in reversed(layers):  # what stands in another one before it
