@@ -28,13 +28,14 @@ from ptune.encoder_decoder import decoder_start, split_rows
 from ptune.errors import BackboneError
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of, may_pack
 from ptune.fingerprint import fingerprint, same_backbone, sampled_ids
-from ptune.loading import check_tokenizer, first_position, load_model
+from ptune.loading import check_tokenizer, find_device, first_position, load_model
 from ptune.losses import next_token_labels, summed_loss
 from ptune.openings import context_of
 from ptune.output_head import OutputHead, Wanted
 from ptune.packed_attention import Packing, packed_attention
 from ptune.plans import Plans
 from ptune.recomputation import recompute_layers, recomputing
+from ptune.sharding import alike, shard_layers
 from ptune.virtual_tokens import VirtualTokens, deep_prompts_of, input_embedding, input_matrix, virtual_tokens_of
 
 MINI = Path(__file__).parent / "mini"
@@ -55,6 +56,7 @@ class Backbone:
         plans: how its forward passes are carried out.
         plan: ``auto`` for the cheapest that gives the same numbers, ``reference`` for the plain one.
         quantization: as ``model.quantization`` asked when it was loaded; None for weights in full.
+        sharded: whether its layers are shared out over processes.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
@@ -67,7 +69,8 @@ class Backbone:
                 reads ids elsewhere than in its input embedding.
         """
         self.model = model.requires_grad_(False).eval()
-        self.kind: Kind = kind_of(model.config, type(model).__name__)
+        self._family = type(model).__name__  # FSDP gives the model another class
+        self.kind: Kind = kind_of(model.config, self._family)
         self._tokenizer = tokenizer
         self.name = name
         self.vocabulary_size, self.hidden_size = input_matrix(model).shape
@@ -85,13 +88,19 @@ class Backbone:
         self.head = OutputHead(model)
         self.plan: Literal["auto", "reference"] = "auto"
         self.quantization: str | dict[str, Any] | None = None
+        self.sharded = False
         _self_test(self)
 
     @classmethod
-    def load(cls, config: ModelConfig | str) -> Backbone:
+    def load(cls, config: ModelConfig | str, *, shard: bool = False) -> Backbone:
         """Load a backbone by its settings, or by name alone.
 
+        Args:
+            config: the settings, or the name.
+            shard: share its layers out over the processes of the default group, all of which do alike from then on.
+
         Raises:
+            ConfigError: it cannot be shared out.
             BackboneError: neither a model folder nor reachable on the Hub, or not a language model that carries
                 virtual tokens.
             MissingExtraError: what quantises it is not installed.
@@ -99,9 +108,17 @@ class Backbone:
         if isinstance(config, str):
             config = ModelConfig(name=config)
         source = str(MINI) if config.name == "mini" else config.name
-        backbone = cls(*load_model(config, source), config.name)
+        backbone = cls(*load_model(config, source, on_processor=shard), config.name)
         backbone.quantization = config.quantization
+        if shard:
+            backbone._shard(find_device(config.device))
         return backbone
+
+    def _shard(self, device: torch.device) -> None:
+        self.plans.run_together(functools.partial(alike, device=device), device)
+        shard_layers(self.model, device, self.name)
+        self.sharded = True
+        _self_test(self)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -199,6 +216,7 @@ class Backbone:
         if positions is not None and hindrance is None:
             return self.plans.outputs(input_ids, attention_mask, positions, wanted)
         self.plans.note("reference", str(hindrance))
+        self.plans.agree(1)
         arguments, positions = self._arguments(input_ids, attention_mask, positions)
         with self.head.at(positions, wanted) as taken, recomputing(self._recomputed):
             logits: Tensor = self.model(**arguments).logits
@@ -222,7 +240,7 @@ class Backbone:
         if self._recomputed and torch.is_grad_enabled():
             return "layers that recompute their activations drop their cache"
         if self._cached_length == 0:
-            return f"no other is known to give the same numbers for {type(self.model).__name__}"
+            return f"no other is known to give the same numbers for {self._family}"
         if self._cached_length is not None and tokens > self._cached_length:
             return f"rows are longer than the {self._cached_length} tokens that attention sees"
         return None

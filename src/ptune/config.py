@@ -201,6 +201,10 @@ class TrainingConfig(Settings):
         "backbone", description="Of what is kept; bfloat16 halves a float32 backbone's, and rounds."
     )
     gradient_checkpointing: bool = Field(False, description="Less memory, more time: recompute activations.")
+    shard_backbone: bool = Field(
+        False,
+        description="Under torchrun or accelerate launch, each process holds its part of the frozen layers (FSDP2).",
+    )
     logging_steps: int = Field(10, gt=0, description="Optimizer steps between two lines of the log.")
     evaluations: int = Field(
         10, ge=1, description="How often dev is evaluated in the course of the run, at even distances."
@@ -263,6 +267,20 @@ class RunConfig(Settings):
             raise ValueError(
                 "prompt.deep does not go with training.gradient_checkpointing, for a layer that recomputes drops the "
                 "cache in which a deep prompt stands; turn one of the two off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_that_can_be_shared_out(self) -> RunConfig:
+        if self.training.shard_backbone and self.model.quantization is not None:
+            raise ValueError(
+                "training.shard_backbone cannot cut quantised weights in parts, and model.quantization is set; leave "
+                "one of the two out"
+            )
+        if self.training.shard_backbone and self.training.context_cache_disk_bytes:
+            raise ValueError(
+                "training.shard_backbone does not go with training.context_cache_disk, which names contexts by a hash "
+                "of whole weights; leave one of the two out"
             )
         return self
 

@@ -21,8 +21,15 @@ from ptune.precision import precision_for
 from ptune.quantization import quantize
 
 
-def load_model(config: ModelConfig, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    config: ModelConfig, source: str, *, on_processor: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from a folder or the Hub, onto their device.
+
+    Args:
+        config: the settings.
+        source: the folder, or the name on the Hub.
+        on_processor: leave the model on the processor, in the dtype that it would have on its device.
 
     Raises:
         BackboneError: neither a model folder nor reachable on the Hub, no language model, or it cannot be quantised so.
@@ -46,7 +53,7 @@ def load_model(config: ModelConfig, source: str) -> tuple[PreTrainedModel, PreTr
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BackboneError(f'cannot load "{config.name}" as a language model: {reason}') from error
-    if not settings:
+    if not settings and not on_processor:
         model = model.to(device)
     if rounded:
         quantize(model.requires_grad_(False), rounded, config.name)

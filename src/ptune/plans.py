@@ -20,7 +20,6 @@ input matrix.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
@@ -34,8 +33,9 @@ from ptune.kept_prefixes import KeptPrefixes, opening_lengths
 from ptune.keys_and_values import new_cache, padded, read_cache
 from ptune.openings import Group, context_lengths, contexts_in, length_groups, padding_share, prefix_groups
 from ptune.output_head import Wanted
-from ptune.packed_attention import PackedGroup, Packing
+from ptune.packed_passes import packed_behind, packed_rows, reads_packed_rows
 from ptune.passes import Choice, PlanName, Run
+from ptune.sharding import held_to
 from ptune.virtual_tokens import VirtualTokens
 
 _SHORTEST_CONTEXT = 8
@@ -85,6 +85,7 @@ class Plans:
         self.may_pack = may_pack
         self.contexts = ContextCache(0)
         self.prefixes = KeptPrefixes(self._run_contexts, virtual_tokens)
+        self._alike: Callable[[int], bool] | None = None
         self.last: PlanName = "reference"
         self.why = "nothing has run yet"
 
@@ -106,10 +107,10 @@ class Plans:
                 opening = opening.new_tensor([past.shape[2] for past in pasts])
                 self.note("kept prefix", f"{int(opening.max())} virtual tokens at most open rows, without gradient")
                 return self._behind(run, input_ids, attention_mask, positions, opening, pasts)
-        choice = self.choose(input_ids, attention_mask, positions)
+        choice = self._agreed(self.choose(input_ids, attention_mask, positions))
         self.note(choice.plan, choice.why)
         if choice.plan == "packed rows":
-            return self._packed_rows(run, input_ids, attention_mask, positions, choice.groups)
+            return packed_rows(run, input_ids, attention_mask, positions, choice.groups)
         if choice.plan == "shared prefix":
             return self._shared_prefixes(run, input_ids, attention_mask, positions, choice.groups)
         if choice.lengths is not None:
@@ -173,6 +174,38 @@ class Plans:
         why = f"{len(groups)} prompts, each of which opens rows of its own"
         return Choice("packed rows" if packs else "shared prefix", why, tokens, groups=tuple(groups))
 
+    def run_together(self, alike: Callable[[int], bool], device: torch.device) -> None:
+        """Run from now on as many passes as other processes do, each of which has a part of the layers.
+
+        Without gradient all of them read the same, so it is the batches of training that are agreed on.
+
+        Args:
+            alike: takes how many passes this process would run for a batch, and tells whether all would run as many.
+            device: where the layers will be gathered.
+        """
+        # Tried now: later one process's batch may ask for it, and another's not.
+        self.may_pack = device.type == "cpu" and self.may_pack and self._packs
+        self._alike = alike
+
+    @property
+    def _agrees(self) -> bool:
+        return self._alike is not None and torch.is_grad_enabled()
+
+    def agree(self, passes: int) -> bool:
+        """Whether all processes would run so many passes for their batches, where they must run as many."""
+        return not self._agrees or self._alike is None or self._alike(passes)
+
+    def _agreed(self, choice: Choice) -> Choice:
+        """Return a plan of as many passes as all processes take: of one, where these differ."""
+        if self._agrees and choice.context_tokens:
+            why = "contexts that are not kept would take passes which other processes lack"
+            choice = Choice("reference", why, choice.tokens)
+        several = choice.plan == "shared prefix"
+        if self.agree(sum(1 + bool(group.shared) for group in choice.groups) if several else 1) or not several:
+            return choice
+        plan: PlanName = "packed rows" if self.may_pack else "reference"
+        return Choice(plan, "another process has a batch of one pass", choice.tokens, groups=choice.groups)
+
     def note(self, plan: PlanName, why: str) -> None:
         """Remember by which plan the latest pass went, and why."""
         self.last, self.why = plan, why
@@ -230,8 +263,10 @@ class Plans:
         """Run the first ``length`` virtual tokens once. The last of the run stays with its row, to predict text."""
         prefix = input_ids[:1, :length]
         nowhere = torch.zeros_like(prefix, dtype=torch.bool)
-        _, cache = self._run(prefix, torch.ones_like(prefix), nowhere, keep=True)
+        logits, cache = self._run(prefix, torch.ones_like(prefix), nowhere, keep=True)
         shared = read_cache(cache)
+        if self._agrees:
+            shared[-1] = held_to(logits, *shared[-1])
 
         def run_group(rows: Tensor, end: int) -> Tensor:
             past = new_cache(shared, len(rows))
@@ -263,6 +298,7 @@ class Plans:
         mask = attention_mask.bool()
         ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1)  # [B]
         alone = self._device().type != "cpu" or not bool(mask.any(-1).all()) or bool((positions & ~mask).any())
+        alone = alone or self._agrees  # every group would be a pass
         groups = [list(range(len(mask)))] if alone else length_groups((ends - kept).tolist(), _COST_OF_A_PASS)
         if len(groups) == 1:
             return run_group(torch.arange(len(mask), device=mask.device), mask.shape[1])
@@ -274,56 +310,10 @@ class Plans:
             by_row |= zip(group, outputs.split([counts[row] for row in group]), strict=True)
         return torch.cat([by_row[row] for row in range(len(mask))])
 
-    def _packed_rows(
-        self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, groups: Sequence[Group]
-    ) -> Tensor:
-        """Run what the rows of each group open with, and behind it what follows in each row, as one sequence."""
-        ids, chosen, packed = [], [], []
-        for start, end, shared in groups:
-            behind = torch.arange(input_ids.shape[1], device=input_ids.device) >= shared
-            kept = attention_mask[start:end].bool() & behind  # [B, T]
-            ids += [input_ids[start, :shared], input_ids[start:end][kept]]
-            chosen += [torch.zeros_like(positions[start, :shared]), positions[start:end][kept]]
-            packed.append(PackedGroup(shared, tuple(kept.sum(-1).tolist())))
-        sequence = torch.cat(ids)[None]  # [1, R], prefixes included
-        packing = Packing(tuple(packed), sequence.device)
-        return run(sequence, torch.ones_like(sequence), torch.cat(chosen)[None], packing=packing)[0]
-
-    @staticmethod
-    def _packed_behind(
-        run: Run,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        positions: Tensor,
-        lengths: Tensor,
-        pasts: Sequence[Tensor],
-    ) -> Tensor:
-        """Run what follows the first ``lengths``, ``[B]``, of each row as one sequence, given their keys and values."""
-        kept = attention_mask.bool() & (torch.arange(input_ids.shape[1], device=lengths.device) >= lengths[:, None])
-        ids = input_ids[kept][None]  # [1, R]
-        packing = Packing((PackedGroup(0, tuple(kept.sum(-1).tolist())),), ids.device, tuple(pasts))
-        return run(ids, torch.ones_like(ids), positions[kept][None], packing=packing)[0]
-
     @functools.cached_property
     def _packs(self) -> bool:
-        """Whether packed rows give the model's own numbers, tried once on a few tokens."""
-        if self._device().type != "cpu":  # elsewhere a padded batch may well be cheaper than many rows one by one
-            return False
-        words = torch.arange(12, device=self._device()).remainder(self._vocabulary_size)
-        ids = torch.stack([words, words.roll(3)])
-        ids[1, :4] = words[:4]
-        mask = torch.ones_like(ids)
-        mask[0, 9:] = 0
-        positions = mask.bool()
-        positions[:, :4] = False
-        with torch.no_grad(), contextlib.suppress(TypeError):  # of layers that do not hand on where rows begin
-            plain = self._run(ids, mask, positions)[0]
-            packed = self._packed_rows(self._run, ids, mask, positions, (Group(0, 2, 4),))
-            _, pasts = read_packed(self._run, ids[:, :4].tolist(), (), ids.device, predict=False)
-            behind = self._packed_behind(self._run, ids, mask, positions, torch.full_like(ids[:, 0], 4), pasts)
-            limit = (1e-3 if plain.dtype.itemsize >= 4 else 5e-2) * float(plain.abs().max())
-            return all(float((one - plain).abs().max()) <= limit for one in (packed, behind))
-        return False
+        """Whether packed rows give the model's own numbers, tried once."""
+        return reads_packed_rows(self._run, self._vocabulary_size, self._device())
 
     def _frozen_context(
         self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, lengths: Tensor
@@ -349,7 +339,7 @@ class Plans:
         """Run what follows the first ``lengths``, ``[B]``, of each row, given their keys and values."""
         device, ends = input_ids.device, attention_mask.sum(-1)
         if self.may_pack and self._packs:
-            return self._packed_behind(run, input_ids, attention_mask, positions, lengths, pasts)
+            return packed_behind(run, input_ids, attention_mask, positions, lengths, pasts)
         steps = torch.arange(input_ids.shape[1], device=device)
 
         def run_group(rows: Tensor, end: int) -> Tensor:

@@ -30,6 +30,7 @@ LOG, ASSESSMENT, SETTINGS, CANDIDATES = "log.jsonl", "assessment.json", "config.
 _FREE_TO_CHANGE = {
     "output",
     "training.checkpoint_minutes",
+    "training.shard_backbone",
     "training.samples",
     "training.trackers",
     "training.logging_steps",

@@ -117,6 +117,8 @@ def check_searchable(config: RunConfig) -> None:
         raise ConfigError("a search has no training.mixed_precision; set model.dtype to bfloat16 instead")
     if config.training.trackers:
         raise ConfigError("a search has no training.trackers; leave them out, run/search.json holds every evaluation")
+    if config.training.shard_backbone:
+        raise ConfigError("a search runs in one process, so training.shard_backbone shares nothing out; leave it out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a search runs in one process; start it without torchrun or accelerate launch")
 

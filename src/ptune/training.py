@@ -17,6 +17,7 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 
 from ptune.assembly import Parts, assemble, read_records
 from ptune.backbone import Backbone
@@ -66,12 +67,18 @@ def train(
     reporter = reporter or Reporter()
     accelerator = _accelerator(config)
     before = random_state()
+    shard = config.training.shard_backbone and accelerator.num_processes > 1
+    if shard and backbone is not None:
+        raise ConfigError(
+            "training.shard_backbone shares out a model that a run loads itself, and a loaded one was given; leave one "
+            "of the two out, and train one soft prompt at a time"
+        )
     with RunFolder(config, resume=resume, overwrite=overwrite, writes=accelerator.is_main_process) as folder:
         if records is None:  # read before a model is loaded, which takes its time
             records = read_records(config)
         if backbone is None:
             device = config.model.device if config.model.device != "auto" else str(accelerator.device)
-            backbone = Backbone.load(config.model.model_copy(update={"device": device}))
+            backbone = Backbone.load(config.model.model_copy(update={"device": device}), shard=shard)
         parts = assemble(config, backbone, records)
         try:
             with parts.prompted, backbone.left_as_it_was():
@@ -116,6 +123,11 @@ class _Run:
         self.reporter.started(self.config, self.parts, self.schedule.total_steps, self.progress.step)
         for note in self.parts.notes:
             self.reporter.warned(note)
+        if self.settings.shard_backbone and self.accelerator.num_processes == 1:
+            self.reporter.warned(
+                "training.shard_backbone shares nothing out, for there is one process; start it by torchrun or "
+                "accelerate launch"
+            )
         with stop_signal() as stop:
             keep_contexts([self.learner], self.reporter)
             if not self.progress.history:
@@ -169,10 +181,13 @@ class _Run:
         weight = self.learner.weight(window)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         # a process left without a batch goes along with weight 0
-        mine = self.learner.forwards(window[rank::processes] or [window[0]])
-        share = 0.0 if rank >= len(window) else 1.0
+        all_of_them = [self.learner.forwards(window[one::processes] or [window[0]]) for one in range(processes)]
+        mine, own = all_of_them[rank], 0 if rank >= len(window) else len(all_of_them[rank])
+        if self.prompted.backbone.sharded:  # and one that has fewer, for layers are gathered by all at once
+            mine = mine + mine[:1] * (max(map(len, all_of_them)) - len(mine))
         total = torch.zeros((), device=self.accelerator.device)
         for number, examples in enumerate(mine, 1):
+            share = 1.0 if number <= own else 0.0
             synchronised = nullcontext() if number == len(mine) else self.accelerator.no_sync(self.model)
             with synchronised:
                 loss = self.task.loss(self.model, examples, self.prompted.backbone.tokenizer.pad_token_id)
@@ -238,6 +253,12 @@ class _Run:
 
 def _accelerator(config: RunConfig) -> Accelerator:
     settings = config.training
+    for flag in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
+            raise ConfigError(
+                f"accelerate is set up for {flag}, which would cut the little that is trained in parts; leave it out "
+                "there, and set training.shard_backbone to share out the frozen model"
+            )
     if config.model.device.startswith("cuda:"):
         torch.cuda.set_device(find_device(config.model.device))  # the accelerator takes the current one
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from ptune.comparison import Comparison
 from ptune.config import RunConfig
 from ptune.filling import field_text
 from ptune.reporting import Reporter
+from ptune.sharding import numbers_held
 from ptune.soft_prompt import SoftPrompt
 from ptune.tasks import Assessment
 
@@ -29,7 +31,8 @@ class ProgressReporter(Reporter):
     """A `Reporter` for people. Use as a context manager, so that the bar is taken away at the end."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        others = os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=others)
         self._bar = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
@@ -53,11 +56,12 @@ class ProgressReporter(Reporter):
         total = sum(parameter.numel() for parameter in backbone.model.parameters())
         quantization = backbone.quantization
         rounded = f", weights of {quantization}" if isinstance(quantization, str) else ""
+        held = f", {numbers_held(backbone.model):,} of them here" if backbone.sharded else ""
         outputs = 0 if prompted.head is None else len(prompted.head.bias)
         head = f" and a linear head of {outputs} outputs" if outputs else ""
         self.console.print(
             f"[bold]{escape(config.model.name)}[/] {total:,} parameters in "
-            f"{str(backbone.dtype).removeprefix('torch.')}{rounded}, all frozen; "
+            f"{str(backbone.dtype).removeprefix('torch.')}{rounded}, all frozen{held}; "
             f"trained: {trained:,} ({100 * trained / (trained + total):.2f}%) "
             f"for {prompted.num_virtual_tokens} virtual tokens{head}"
         )
