@@ -16,6 +16,7 @@ bfloat16 is measured where the processor multiplies it fast.
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import statistics
 import sys
@@ -180,7 +181,8 @@ class Models:
     def of(self, shape: Shape) -> dict[str, PreTrainedModel]:
         """Return one for the peer, so that no hook of ours slows it, and one of each dtype for ptune."""
         if shape != self._shape:
-            self._models = {}  # first, for two models of half a billion do not stand beside two others
+            self._models = {}
+            gc.collect()  # else those of half a billion would stand beside the others while they are made
             self._models = {dtype: shape.model("qwen", getattr(torch, dtype)) for dtype in dtypes_of(shape)}
             self._models["peer"], self._shape = shape.model("qwen", torch.float32), shape
         return self._models
