@@ -34,7 +34,7 @@ from ptune.searching import search
 
 VARY: dict[str, tuple[Any, ...]] = {
     "training.learning_rate": (0.002, 0.005, 0.01, 0.02),
-    "prompt.length": (10, 20),
+    "prompt.length": (5, 10),
 }
 EVALUATIONS = 4  # a halving waits for the next: after a quarter of the steps, and after half of them
 OUTPUT = Path("benchmarks/results/search_quality.json")
