@@ -268,7 +268,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--markdown", action="store_true", help="measure nothing, print what is stored")
     given = parser.parse_args(arguments)
-    if given.quick and OUTPUT in (given.output, PICTURE):
+    if given.quick and (given.output == OUTPUT or given.picture == PICTURE):
         parser.error("--quick needs an --output and a --picture of its own")
     return given
 

@@ -43,9 +43,10 @@ def test_an_axis_is_measured_once_and_drawn(
     assert len(drawn.read_bytes()) < 60_000
 
 
-def test_quick_sizes_never_stand_among_the_published(growth: ModuleType) -> None:
+@pytest.mark.parametrize("named", [[], ["--output", "one.json"], ["--picture", "one.svg"]])
+def test_quick_sizes_never_stand_among_the_published(growth: ModuleType, named: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        growth.main(["--quick"])
+        growth.main(["--quick", *named])
 
 
 def test_what_is_timed_is_what_it_is_called(growth: ModuleType) -> None:
