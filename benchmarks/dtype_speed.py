@@ -45,15 +45,16 @@ def score(ours: Ours, rows: list[tuple[list[int], int]]) -> None:
 def cases_of(shape: Shape, family: str, dtype: torch.dtype) -> Cases:
     """Return what is timed, by name."""
     cases: Cases = {}
+    model = shape.model(family, dtype)
     for job in ("classify", "instruction"):
         rows = rows_of(job, torch.Generator().manual_seed(1))
-        front, behind = Ours(family, 10, dtype, shape), Ours(family, 10, dtype, shape)
+        front, behind = Ours(model, 10), Ours(model, 10)
         behind.keep(rows)
         cases[f"{job}, in front"] = lambda ours=front, rows=rows: ours.step(rows)
         cases[f"{job}, behind"] = lambda ours=behind, rows=rows: ours.step(rows, behind=True)
         cases[f"{job}, scored"] = lambda ours=front, rows=rows: score(ours, rows)
     tokenizer = tokenizer_of(Size(shape.hidden, shape.layers, shape.vocabulary))
-    backbone = Backbone(shape.model(family, dtype), tokenizer, "random")
+    backbone = Backbone(model, tokenizer, "random")
     options = GenerationOptions(max_new_tokens=NEW_TOKENS)
     for count in (1, 8):
         texts = [[10 + number + place for place in range(32)] for number in range(count)]

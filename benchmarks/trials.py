@@ -158,16 +158,31 @@ def tune(task: TrialTask, trial: Trial, backbone: Backbone, folder: Path | None 
 
 def accuracy_on(task: TrialTask, part: str, prompts: Sequence[SoftPrompt], backbone: Backbone) -> float:
     """Return the accuracy of a soft prompt, or of several whose probabilities are averaged, on dev or test."""
+    return share_of_same(answers_on(task, part, prompts, backbone), right_answers(task, part, backbone))
+
+
+def answers_on(task: TrialTask, part: str, prompts: Sequence[SoftPrompt], backbone: Backbone) -> list[str]:
+    """Return the likeliest answer to each record of dev or test, of several prompts by their mean probabilities."""
     records = task.records[part]
     with Engine(backbone) as engine:
         answers = []
         for number, prompt in enumerate(prompts):
             engine.add(str(number), prompt)
             answers.append(engine.predict(str(number), records, batch_size=32))
-    bare = task.bare(backbone)
-    right = 0
-    for record, given in zip(records, zip(*answers, strict=True), strict=True):
+    likeliest = []
+    for given in zip(*answers, strict=True):
         names = list(given[0]["probabilities"])
         total = {name: sum(answer["probabilities"][name] for answer in given) for name in names}
-        right += max(names, key=lambda name: total[name]) == bare.names(record)[bare.target(record)]
-    return right / len(records)
+        likeliest.append(max(names, key=lambda name: total[name]))
+    return likeliest
+
+
+def right_answers(task: TrialTask, part: str, backbone: Backbone) -> list[str]:
+    """Return the right answer to each record of dev or test."""
+    bare = task.bare(backbone)
+    return [bare.names(record)[bare.target(record)] for record in task.records[part]]
+
+
+def share_of_same(some: Sequence[str], others: Sequence[str]) -> float:
+    """Return the share of places at which two lists of answers say the same."""
+    return sum(one == other for one, other in zip(some, others, strict=True)) / len(some)

@@ -1,4 +1,4 @@
-"""The tables of tasks, of prompts from other tasks and of defaults, on tiny models: lines come out, nothing twice."""
+"""The tables of the benchmarks that are stored cell by cell, on tiny models: lines come out, nothing twice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def models(tmp_path: Path) -> dict[str, Path]:
     return {family: tmp_path / family for family in ("llama", "bert")}
 
 
-@pytest.fixture(params=["tasks_table", "spot", "defaults"])
+@pytest.fixture(params=["tasks_table", "spot", "defaults", "precision", "search_quality"])
 def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return importlib.import_module(request.param)
@@ -67,6 +67,8 @@ def arguments(script: ModuleType, data: Path, models: dict[str, Path], output: P
             *["--model", models["llama"], "--questions", "schedule", "lead", "deep", "voting", "--tasks", "sst2"],
             *TINY,
         ],
+        "precision": ["--model", models["llama"], "--tasks", "sst2", "--test-limit", "8", *TINY],
+        "search_quality": ["--model", models["llama"], "--tasks", "sst2", "--test-limit", "8", *TINY],
     }[script.__name__]
     return [str(word) for word in ("--data", data, "--output", output, *given)]
 
@@ -81,6 +83,7 @@ def test_lines_come_out_and_a_second_call_computes_nothing(
 ) -> None:
     output = tmp_path / "results.json"
     monkeypatch.setattr(script, "STEPS", (2, 3), raising=False)
+    monkeypatch.setattr(script, "VARY", {"training.learning_rate": (0.002, 0.01)}, raising=False)
     given = arguments(script, data, models, output)
     assert script.main(given) == 0
     table = capsys.readouterr().out
@@ -91,7 +94,8 @@ def test_lines_come_out_and_a_second_call_computes_nothing(
     assert script.main(["--markdown", "--output", str(output)]) == 0
     assert capsys.readouterr().out == table
     lines = [[word.strip() for word in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    assert len({len(line) for line in lines}) == 1
+    if script.__name__ != "precision":
+        assert len({len(line) for line in lines}) == 1
     if script.__name__ == "tasks_table":
         (trec,) = lines[2:]
         assert trec[0] == "trec"
@@ -102,6 +106,22 @@ def test_lines_come_out_and_a_second_call_computes_nothing(
         for line in lines[2:]:
             scratch, started = (float(column.split()[0]) for column in line[3:5])
             assert float(line[5]) == pytest.approx(started - scratch, abs=0.11)
+    elif script.__name__ == "precision":
+        fewer = ["bfloat16", "int8", "int4"]
+        assert [line[0] for line in lines[2:6]] == ["float32", *fewer]
+        assert [line[0] for line in lines[8:]] == fewer
+        cells = json.loads(stored)["tasks"]["sst2"]["cells"]
+        assert len(cells) == 8
+        changes = [
+            100 * (cells[f"int4/seed {seed}"]["test"] - cells[f"float32/seed {seed}"]["test"]) for seed in (0, 1)
+        ]
+        assert float(lines[5][-1].split()[0]) == pytest.approx(sum(changes) / 2, abs=0.06)
+        assert all(0 <= cells[f"float32/seed {seed}"][f"same in {name}"] <= 1 for seed in (0, 1) for name in fewer)
+    elif script.__name__ == "search_quality":
+        (sst2,) = lines[2:]
+        assert sst2[0] == "sst2"
+        assert all("±" in column for column in sst2[1:4])
+        assert int(sst2[4]) >= 1
     else:
         assert [line[0] for line in lines] == [
             *["", "---", "default", "cosine", "constant"],
@@ -122,7 +142,7 @@ def test_results_of_other_settings_are_refused(
     monkeypatch.setattr(script, "STEPS", (2,), raising=False)
     output = tmp_path / "results.json"
     given = arguments(script, data, models, output)
-    key = {"tasks_table": "trec on causal", "spot": "shopping_zh -> waimai_zh", "defaults": "sst2"}[script.__name__]
+    key = {"tasks_table": "trec on causal", "spot": "shopping_zh -> waimai_zh"}.get(script.__name__, "sst2")
     stored = {"tasks": {key: {"settings": {"model": "another"}, "cells": {"frozen/seed 0": {"test": 0.5}}}}}
     output.write_text(json.dumps(stored), encoding="utf-8")
     assert script.main(given) == 2
@@ -142,3 +162,5 @@ def test_the_pages_hold_the_stored_tables() -> None:
         found += [name for name in module.SCRIPTS if f"<!-- {name} -->\n|" in text or f"<!-- {name} -->\n**" in text]
     assert sorted(found) == sorted(path.stem for path in module.RESULTS.glob("*.json") if path.stem in module.SCRIPTS)
     assert len(found) >= 2
+    drawn = module.picture()
+    assert not drawn or module.PICTURE.read_text(encoding="utf-8") == drawn, "run: python docs/tables.py"
