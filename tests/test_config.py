@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from ptune.cli.overrides import run_overrides
 from ptune.config import DataConfig, EncoderConfig, ModelConfig, RunConfig, StartConfig, TrainingConfig
 from ptune.config_file import (
     config_yaml,
@@ -244,6 +245,11 @@ def test_a_mistyped_override_is_named(arguments: list[str], sentence: str) -> No
         parse_config(SMALL, parse_overrides(arguments))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_held_out_records_of_the_command_line_stand_beside_its_data() -> None:
+    assert run_overrides(["--dev", "b.jsonl"], data="a.jsonl") == {"data.train": "a.jsonl", "data.dev": "b.jsonl"}
+    assert run_overrides([], data="a.jsonl") == {"data.train": "a.jsonl", "data.dev": None}
 
 
 def test_every_setting_has_a_dotted_name_that_is_found_again() -> None:

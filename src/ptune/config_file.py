@@ -123,7 +123,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Return dotted names and values of what the command line was given: ``--training.seed 3 --learning-rate=1e-3``.
 
     Raises:
-        ConfigError: a stray word, a missing or unreadable value, or an unknown setting.
+        ConfigError: a stray word, a missing or unreadable value, an unknown setting, or one that is given twice.
     """
     overrides: dict[str, Any] = {}
     rest = list(arguments)
@@ -137,6 +137,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{name} needs a value")
             value = rest.pop(0)
         full = override(name)
+        if full in overrides:
+            raise ConfigError(f"--{full} is given twice; leave one of the two out")
         overrides[full] = typed_value(full, value)
     return overrides
 

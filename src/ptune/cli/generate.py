@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from ptune.cli.evaluate import column_mapping
 from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
+from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def generate(
     ] = None,
 ) -> None:
     """Answer one instruction, or chat until an empty line."""
+    samples = any(value is not None for value in (temperature, top_p, top_k, min_p))
+    if not samples:
+        refuse_unused("nothing is drawn without --temperature, --top-p, --top-k or --min-p", seed=seed)
     from ptune.cli.quiet import quiet
 
     quiet()
@@ -64,7 +68,7 @@ def generate(
         loaded = engine.prompts[name]
         options = _options(
             max_new_tokens=max_new_tokens or getattr(loaded.prompt.task, "max_new_tokens", 128),
-            do_sample=any(value is not None for value in (temperature, top_p, top_k, min_p)),
+            do_sample=samples,
             temperature=1.0 if temperature is None else temperature,
             top_p=1.0 if top_p is None else top_p,
             top_k=top_k or 0,
