@@ -58,6 +58,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("inspect prompt --data test.jsonl", "--data would do nothing, for a soft prompt holds no data"),
         ("inspect prompt --json --count 5", "--count would do nothing, for --json says nothing of nearest words"),
         ("inspect prompt --json --model a", "--model would do nothing, for --json says nothing of nearest words"),
+        (
+            "serve --vllm-arg=--enforce-eager",
+            "--vllm-arg would do nothing, for it is one of the vLLM that --engine vllm",
+        ),
+        ("serve --vllm-start 5", "--vllm-start would do nothing, for it is one of the vLLM that --engine vllm starts"),
+        ("serve --watch 5", "--watch would do nothing, for no folder of soft prompts is served; name one by --prompts"),
+        ("serve --upstream http://a --backbone mini", "--backbone would do nothing, for it is one of ptune's own"),
+        ("serve --upstream http://a --device cpu", "--device would do nothing, for it is one of ptune's own engine"),
+        ("serve --upstream http://a --log-text", "--log-text would do nothing, for it is one of ptune's own engine"),
+        ("serve --upstream http://a --max-batch 3", "--max-batch would do nothing, for it is one of ptune's own"),
         ("inspect data run.yaml --json", "--json would do nothing, for it goes with a soft prompt"),
     ],
 )
