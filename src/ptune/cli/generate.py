@@ -14,6 +14,7 @@ from ptune.cli.evaluate import column_mapping
 from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
 from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
+from ptune.mistakes import said_of
 
 if TYPE_CHECKING:
     from ptune.chat import Chat
@@ -103,8 +104,8 @@ def _options(**values: Any) -> GenerationOptions:
         return GenerationOptions(**values)
     except ValidationError as error:
         entry = error.errors()[0]
-        option, message = str(entry["loc"][0]).replace("_", "-"), entry["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--{option}: {message[0].lower() + message[1:]}") from None
+        option = str(entry["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{option}{said_of([entry])}") from None
 
 
 def _question() -> str:
