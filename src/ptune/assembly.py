@@ -88,6 +88,7 @@ def assemble(
     prompted = PromptedModel(backbone, build_prompt_encoder(config, backbone, template))
     try:
         task = build_task(config, template, backbone, prompted.first_virtual_id)
+        task.max_tokens = config.training.max_tokens_per_batch
         examples = [example for record in train if (example := task.example(record)) is not None]
         scored = sum(task.example(record) is not None for record in dev)  # mistakes in dev show before the first step
         for usable, given, what in ((len(examples), len(train), "training"), (scored, len(dev), "dev")):
