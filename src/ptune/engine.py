@@ -26,6 +26,7 @@ from ptune.library import Library
 from ptune.mixed_batches import answer_together
 from ptune.prompt_memory import PromptMemory
 from ptune.settings import bytes_of
+from ptune.shared_writing import SharedWriting
 from ptune.soft_prompt import SoftPrompt
 from ptune.tasks import Assessment, Tagging, Task, task_for
 from ptune.template import Template
@@ -90,6 +91,7 @@ class Engine:
         self.keys.budget = bytes_of(key_memory)
         self._loaded: dict[str, LoadedPrompt] = {}
         self._thread = EngineThread()
+        self._writing = SharedWriting(self.backbone, self._thread, self._tokens.lock)
 
     @classmethod
     def for_prompt(cls, folder: str | Path, model: ModelConfig | str | None = None, **loading: Any) -> Engine:
@@ -307,13 +309,16 @@ class Engine:
             SoftPromptError: no soft prompt of that name is loaded.
             BackboneError: the context leaves no room for an answer.
         """
-        return self._generate(name, record, options, on_text, lambda: True)
+        with self._using(*([] if name is None else [name])) as held:
+            context, options = self._context(name, held, record, options)
+            listener = (lambda _index, text: on_text(text)) if on_text else None
+            return generate(self.backbone, [context], options, on_text=listener)[0]
 
     async def apredict(
         self, name: str | Sequence[str], records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
     ) -> list[dict[str, Any]]:
         """Do as `predict` does, in the engine's one thread. Cancelled before it begins, it costs nothing."""
-        return await self._thread.run(lambda _wanted: self.predict(name, records, batch_size=batch_size))
+        return await self._thread.run(lambda: self.predict(name, records, batch_size=batch_size))
 
     async def agenerate(
         self,
@@ -325,24 +330,19 @@ class Engine:
     ) -> Generated:
         """Do as `generate` does, in the engine's one thread; ``on_text`` is called in the event loop.
 
-        Cancelled, it ends at the next token.
+        Texts that are asked for meanwhile join it, and share its passes. Cancelled, it ends at the next token.
         """
         loop = asyncio.get_running_loop()
         tell = None if on_text is None else lambda text: loop.call_soon_threadsafe(on_text, text)
-        return await self._thread.run(lambda wanted: self._generate(name, record, options, tell, wanted))
 
-    def _generate(
-        self,
-        name: str | None,
-        record: Mapping[str, Any] | str,
-        options: GenerationOptions | None,
-        on_text: Callable[[str], Any] | None,
-        wanted: Callable[[], bool],
-    ) -> Generated:
-        with self._using(*([] if name is None else [name])) as held:
-            context, options = self._context(name, held, record, options)
-            listener = (lambda _index, text: on_text(text)) if on_text else None
-            return generate(self.backbone, [context], options, on_text=listener, go_on=lambda *_: wanted())[0]
+        def begin() -> tuple[list[int], GenerationOptions]:
+            with self._using(*([] if name is None else [name])) as held:
+                begun = self._context(name, held, record, options)
+                if name is not None:
+                    self.hold(name)  # until the text has ended
+                return begun
+
+        return await self._writing.write(begin, lambda: None if name is None else self.let_go(name), tell)
 
     def _context(
         self,
@@ -374,6 +374,7 @@ class Engine:
     def close(self) -> None:
         """Take all virtual tokens away from the backbone."""
         self._thread.close()
+        self._writing.close()
         with self._tokens.lock:
             for name in list(self._loaded):
                 self.remove(name)
