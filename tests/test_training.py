@@ -514,6 +514,22 @@ def test_dev_is_scored_within_the_budget_of_tokens_to_the_same_metrics(
     assert kept == pytest.approx(free, rel=1e-5)
 
 
+def test_a_limit_that_leaves_labels_out_is_named(folder: Path, tmp_path: Path) -> None:
+    values = settings(folder, tmp_path / "prompt").model_dump(mode="json") | {"task": {"type": "linear_classification"}}
+    records = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_label = sorted(records, key=lambda record: str(record["label"]))
+    (tmp_path / "sorted.jsonl").write_text("".join(json.dumps(one) + "\n" for one in by_label), encoding="utf-8")
+    values["data"] |= {"train": str(tmp_path / "sorted.jsonl"), "limit": 5}
+    with pytest.raises(DataError) as caught:
+        train(RunConfig.model_validate(values))
+    assert str(caught.value) == (
+        'data.limit leaves the first 5 training records, which hold 1 labels and lack "positive", which dev has; raise '
+        "it, or list all as task.labels; data.shots draws records of each label"
+    )
+    values["task"]["labels"] = ["negative", "positive"]
+    train(RunConfig.model_validate(values))
+
+
 def test_gradient_checkpointing_gives_the_same_prompt(folder: Path, tmp_path: Path) -> None:
     plain = train(settings(folder, tmp_path / "plain")).rows
     recomputed = train(settings(folder, tmp_path / "recomputed", gradient_checkpointing=True)).rows
