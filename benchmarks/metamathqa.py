@@ -201,7 +201,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 2 for a user's mistake."""
+    """Run the benchmark; 2 for a user's mistake, 130 when stopped."""
     rate = TrainingConfig().learning_rate
     defaults = {"model": "meta-llama/Llama-3.2-3B", "dtype": "bfloat16", "learning_rate": rate, "virtual_tokens": 20}
     parser = options(__doc__, seed=0, **defaults)

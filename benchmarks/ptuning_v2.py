@@ -211,7 +211,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 2 for a user's mistake."""
+    """Run the benchmark; 2 for a user's mistake, 130 when stopped."""
     parser = options(__doc__, model="FacebookAI/roberta-large", dtype="auto", seed=SEED)
     parser.add_argument("--tasks", nargs="+", choices=list(BARS), default=list(BARS))
     parser.add_argument("--max-steps", type=int, help="goes before the published epochs")

@@ -32,7 +32,7 @@ def tell(
     table: Callable[[Mapping[str, Any]], str],
     arguments: argparse.Namespace,
 ) -> int:
-    """Run a comparison, write its result where asked and print its table; 2 for a user's mistake."""
+    """Run a comparison, write its result where asked and print its table; 2 for a user's mistake, 130 when stopped."""
     try:
         result = run(arguments)
         if arguments.output is not None:
@@ -40,5 +40,8 @@ def tell(
     except PtuneError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # SIGTERM too, while a prompt is trained
+        print(f"{name}: stopped; no result was written", file=sys.stderr)
+        return 130
     print(table(result))
     return 0

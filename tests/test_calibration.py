@@ -190,7 +190,7 @@ def test_a_soft_prompt_from_before_temperatures_loads_as_it_was(tmp_path: Path) 
     file.write_text(json.dumps(values), encoding="utf-8")
     assert SoftPrompt.load(tmp_path / "new").temperature is None
     file.write_text(json.dumps(values | {"temperature": 0}), encoding="utf-8")
-    with pytest.raises(SoftPromptError, match="temperature: Input should be greater than 0"):
+    with pytest.raises(SoftPromptError, match="temperature takes a number greater than 0"):
         SoftPrompt.load(tmp_path / "new")
     for wrong in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(SoftPromptError, match="a temperature is a number above 0"):

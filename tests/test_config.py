@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from ptune.cli.overrides import run_overrides
 from ptune.config import DataConfig, EncoderConfig, ModelConfig, RunConfig, StartConfig, TrainingConfig
 from ptune.config_file import (
     config_yaml,
@@ -54,14 +55,14 @@ def test_all_mistakes_are_named_at_once_with_their_paths_and_the_nearest_right_n
     expected = [
         ('there is no setting "modle".', 'Did you mean "model"?'),
         ('there is no setting "data.trian".', 'Did you mean "train"?'),
-        ('"data.dev_fraction": ', "less than 1, and is 2"),
+        ('"data.dev_fraction" takes a number ', "less than 1, and is 2"),
         ('there is no setting "task.metrik".', 'Did you mean "metric"?'),
         ('"task.verbalizer": a classification needs at least two labels', ""),
         ('"prompt.template" is missing', ""),
-        ('"prompt.encoder.type": ', "'gru'"),
+        ('"prompt.encoder.type" takes ', "'gru'"),
         ('there is no setting "prompt.encoder.layers".', 'Did you mean "num_layers"?'),
         ('there is no setting "training.learning_rte".', 'Did you mean "learning_rate"?'),
-        ('"training.epochs": ', "greater than 0, and is -1"),
+        ('"training.epochs" takes a number ', "greater than 0, and is -1"),
     ]
     for start, end in expected:
         assert [line for line in lines if line.startswith(start) and line.endswith(end)], f"{start} in {message}"
@@ -92,7 +93,7 @@ def test_a_mistake_inside_a_task_is_named_as_it_was_written(kind: str) -> None:
 
 def test_a_label_that_is_called_as_a_task_keeps_its_name_in_a_mistake() -> None:
     task = {"type": "classification", "verbalizer": {"generation": 3, "review": " review"}}
-    assert '"task.verbalizer.generation": ' in mistake(changed(task=task))
+    assert '"task.verbalizer.generation" takes text' in mistake(changed(task=task))
 
 
 @pytest.mark.parametrize("task", [{}, {"type": "regression"}])
@@ -141,7 +142,7 @@ def test_booleans_and_numbers_that_yaml_makes_of_labels_are_their_text() -> None
 
 def test_a_bare_no_in_yaml_is_the_mixed_precision_of_that_name() -> None:
     assert parse_config(SMALL | yaml.safe_load("training: {mixed_precision: no}")).training.mixed_precision == "no"
-    assert "'bf16', and is True" in mistake(SMALL | yaml.safe_load("training: {mixed_precision: yes}"))
+    assert "'bf16', and is true" in mistake(SMALL | yaml.safe_load("training: {mixed_precision: yes}"))
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,13 @@ def test_a_mistake_in_an_override_is_reported_with_those_of_the_file() -> None:
         (["--encoder.type", "lstm"], {"prompt.encoder.type": "lstm"}),
         (["--data.fields.text", "sentence"], {"data.fields": {"text": "sentence"}}),
         (["--fields.a-b", "c"], {"data.fields": {"a-b": "c"}}),
+        (["--fields.text", "句子"], {"data.fields": {"text": "句子"}}),
+        (["--quantization", "int8"], {"model.quantization": "int8"}),
+        (["--quantization", "{load_in_4bit: true}"], {"model.quantization": {"load_in_4bit": True}}),
+        (["--quantization.load_in_4bit", "true"], {"model.quantization": {"load_in_4bit": True}}),
+        (["--quantization.bits=4"], {"model.quantization": {"bits": 4}}),
+        (["--label-weights.yes", "2"], {"task.label_weights": {"yes": 2.0}}),
+        (["--verbalizer.yes", "true"], {"task.verbalizer": {"yes": "true", "no": " bad"}}),
     ],
 )
 def test_a_setting_is_overridden_as_it_is_typed(arguments: list[str], expected: dict[str, Any]) -> None:
@@ -231,6 +239,7 @@ def test_a_setting_is_overridden_as_it_is_typed(arguments: list[str], expected: 
     [
         (["3"], '"3" stands alone; settings are given as --name value'),
         (["--seed"], "--seed needs a value"),
+        (["--deep", "--seed", "3"], "--deep needs a value, and --seed stands behind it"),
         (["--learning-rte", "1"], 'there is no setting "learning-rte". Did you mean "learning_rate"?'),
         (["--type", "lstm"], 'several settings are called "type": task.type, prompt.encoder.type; give one of these'),
         (
@@ -244,6 +253,11 @@ def test_a_mistyped_override_is_named(arguments: list[str], sentence: str) -> No
         parse_config(SMALL, parse_overrides(arguments))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_held_out_records_of_the_command_line_stand_beside_its_data() -> None:
+    assert run_overrides(["--dev", "b.jsonl"], data="a.jsonl") == {"data.train": "a.jsonl", "data.dev": "b.jsonl"}
+    assert run_overrides([], data="a.jsonl") == {"data.train": "a.jsonl", "data.dev": None}
 
 
 def test_every_setting_has_a_dotted_name_that_is_found_again() -> None:

@@ -359,3 +359,65 @@ def test_broken_conversations_are_one_sentence_in_a_terminal(
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert re.search(rf"rows.jsonl, line 1: messages,? {message}", line)
+
+
+ALPACA: dict[str, Any] = {
+    "instruction": "还有呢？",
+    "input": "",
+    "output": "苹果。",
+    "history": [["买什么？", "米。"], ["多少？", "两斤。"]],
+}
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields", "template"),
+    [
+        (ALPACA, {}, PLAIN),
+        (
+            ALPACA,
+            {"question": "instruction", "more": "input"},
+            PLAIN.replace("{instruction}", "{question}").replace("{input}", "{more}"),
+        ),
+        (
+            {"prompt": "还有呢？", "response": "苹果。", "history": ALPACA["history"]},
+            {"instruction": "prompt", "output": "response"},
+            PLAIN,
+        ),
+    ],
+)
+def test_the_history_of_an_alpaca_record_is_learnt_as_turns_are(
+    columns: dict[str, Any], fields: dict[str, str], template: str, tmp_path: Path
+) -> None:
+    said = [text for pair in ALPACA["history"] for text in pair] + [ALPACA["instruction"], ALPACA["output"]]
+    turns = [{"from": "gpt" if number % 2 else "human", "value": text} for number, text in enumerate(said)]
+    rows = []
+    for record, mapping, words in ((columns, fields, template), ({"conversations": turns}, {}, PLAIN)):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+        (loaded,) = load_records(tmp_path / "rows.jsonl", fields=mapping)
+        rows.append(Renderer(Template.parse(words), gpt2_like(), V).row(loaded, loaded["output"]))
+    assert rows[0] == rows[1]
+    assert rows[0] is not None
+    learnt = gpt2_like().decode([label for label in rows[0].labels if label != IGNORED])
+    assert all(answer in learnt for answer in said[1::2])
+
+
+def test_earlier_questions_of_alpaca_have_no_input(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([ALPACA | {"input": "kilo"}, ALPACA | {"history": []}]))
+    first, second = load_records(tmp_path / "rows.json")
+    row = Renderer(Template.parse(PLAIN), gpt2_like(), V).row(first, "")
+    assert row is not None
+    assert gpt2_like().decode([number for number in row.ids if number < V]).count("kilo") == 1
+    assert second.history == ()
+
+
+@pytest.mark.parametrize(
+    ("history", "found"),
+    [([["a"]], "1 of them"), (["a", "b"], "str"), ([["a", "b"], ["c", None]], "str and NoneType")],
+)
+def test_a_history_of_something_else_is_refused_with_its_place(history: list[Any], found: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ALPACA | {"history": history}) + "\n")
+    with pytest.raises(
+        DataError, match=f"rows.jsonl, line 1: history, item {len(history) if found != 'str' else 1}: "
+    ) as caught:
+        load_records(tmp_path / "rows.jsonl")
+    assert f"expected a question and its answer, two texts, and found {found}; correct it" in str(caught.value)

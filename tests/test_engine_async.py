@@ -76,6 +76,44 @@ def test_a_task_that_is_cancelled_ends_at_the_next_token_or_never_begins(engine:
     asyncio.run(ask())
 
 
+def test_texts_that_are_awaited_together_share_passes_and_others_join_them(engine: Engine) -> None:
+    lengths = [12, 5, 9, 7]
+    options = [GenerationOptions(max_new_tokens=length, do_sample=True, seed=length) for length in lengths]
+    names = ["answer", None, "answer", "answer"]
+    questions = [*TEXTS, "soup"]
+    asked = list(zip(names, questions, options, strict=True))
+    expected = [engine.generate(*each) for each in asked]
+    passes: list[int] = []
+    engine.backbone.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    begun = asyncio.Event()
+
+    async def ask() -> list[Any]:
+        first = asyncio.create_task(engine.agenerate(*asked[0], on_text=lambda _text: begun.set()))
+        await begun.wait()
+        return await asyncio.gather(first, *(engine.agenerate(*each) for each in asked[1:]))
+
+    alone = sum(len(one.ids) for one in expected)
+    assert asyncio.run(ask()) == expected
+    assert len(passes) < alone / 2, "each text was written alone"
+
+
+def test_closing_the_engine_lets_texts_end_and_calls_off_those_that_wait(engine: Engine) -> None:
+    expected = engine.generate("answer", TEXTS[0], GenerationOptions(max_new_tokens=40))
+
+    async def ask() -> None:
+        begun = asyncio.Event()
+        growing = asyncio.create_task(
+            engine.agenerate(
+                "answer", TEXTS[0], GenerationOptions(max_new_tokens=40), on_text=lambda _text: begun.set()
+            )
+        )
+        await begun.wait()
+        engine.close()
+        assert await growing == expected
+
+    asyncio.run(ask())
+
+
 def test_a_mistake_comes_to_the_one_who_waits(engine: Engine) -> None:
     with pytest.raises(DataError, match="the bare model continues a text"):
         asyncio.run(engine.agenerate(None, {"text": "a"}))

@@ -245,7 +245,9 @@ def test_mistakes_at_the_start_are_sentences(tmp_path: Path) -> None:
     assert "name its folder by --merged" in error("--engine", "vllm")
     assert "is no merged model" in error("--engine", "vllm", "--merged", str(tmp_path))
     assert "takes a URL" in error("--upstream", "localhost:8000")
-    assert "--max-batch is an option of ptune's own engine" in error("--upstream", "http://a", "--max-batch", "3")
+    assert "--max-batch would do nothing, for it is one of ptune's own engine" in error(
+        "--upstream", "http://a", "--max-batch", "3"
+    )
     assert "goes with --engine vllm or --upstream" in error("--merged", str(tmp_path))
     (tmp_path / "ptune_merged.json").write_text('{"backbone": "tiny", "tasks": {}}')
     arguments = ("--engine", "vllm", "--merged", str(tmp_path), "--vllm-python", "no-such-python")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,10 @@ def test_a_folder_without_soft_prompts_is_named(tmp_path: Path) -> None:
         read_library(tmp_path)
     with pytest.raises(SoftPromptError, match=r'there is no folder "\S+absent"'):
         read_library(tmp_path / "absent")
+
+
+def test_the_command_says_nothing_beside_its_table(tmp_path: Path, gpt2: Backbone) -> None:
+    make(gpt2, summary=RUN).save(tmp_path / "film")
+    done = subprocess.run([sys.executable, "-m", "ptune", "list", tmp_path], capture_output=True, text=True, check=True)
+    assert "film" in done.stdout
+    assert done.stderr == ""

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import random
+import signal
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -91,6 +95,28 @@ def test_arithmetic_is_learnt_and_scored_beside_the_published_figures(
     where[3] = tmp_path / "nowhere"
     assert metamathqa.main([str(part) for part in [*where, *sizes]]) == 2
     assert "metamathqa: " in capsys.readouterr().err
+
+
+def test_sigterm_in_training_ends_a_comparison_with_a_sentence(
+    ptuning_v2: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"premise": "A film.", "hypothesis": f"Film {n}.", "label": n % 2} for n in range(8)
+    ]
+    for split in ("train", "dev", "test"):
+        write(tmp_path / "data" / "rte" / f"{split}.jsonl", rows)
+
+    def stop_once_it_trains() -> None:
+        while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_once_it_trains, daemon=True).start()
+    where = ["--model", model_of(tmp_path, "roberta"), "--data", tmp_path / "data", "--output", tmp_path / "out"]
+    sizes = ["--tasks", "rte", "--max-steps", 100_000, "--virtual-tokens", 3]
+    assert ptuning_v2.main([str(part) for part in [*where, *sizes]]) == 130
+    assert capsys.readouterr().err.endswith("ptuning_v2: stopped; no result was written\n")
+    assert not (tmp_path / "out" / "result.json").exists()
 
 
 def test_the_tasks_of_p_tuning_v2_run_on_a_masked_model(

@@ -84,11 +84,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an unknown field": (
         lambda folder: edit(folder, lambda values: values["task"].update(colour="red")),
-        r'ptune\.json" was altered or comes from another version of ptune \(task\.classification\.colour: Extra inputs',
+        r'ptune\.json" was altered or comes from another version of ptune \(task\.classification\.colour is unknown',
     ),
     "a missing field": (
         lambda folder: edit(folder, lambda values: values.pop("template")),
-        r'ptune\.json" was altered .* \(template: Field required\); copy it again or upgrade ptune$',
+        r'ptune\.json" was altered .* \(template is missing\); copy it again or upgrade ptune$',
     ),
     "no tensors": (
         lambda folder: (folder / "soft_prompt.safetensors").unlink(),

@@ -19,6 +19,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
+from ptune.assembly import assemble
 from ptune.backbone import Backbone
 from ptune.checkpoint import Progress
 from ptune.comparison import Comparison
@@ -474,6 +475,59 @@ def test_a_budget_of_tokens_runs_batches_in_parts_to_the_same_prompt(folder: Pat
     parts = rows("parts", max_tokens_per_batch=most // 2)
     assert 0 < max(sizes) <= most // 2
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "template"),
+    [
+        ({"type": "classification", "verbalizer": {"positive": " good", "negative": " bad"}}, "{text}[P*4]{answer}"),
+        ({"type": "classification", "verbalizer": {"positive": " good", "negative": " so bad"}}, "{text}[P]{answer}"),
+        ({"type": "generation", "max_new_tokens": 5, "metric": "rouge_l"}, "[P*2]{text}[P]{answer}"),
+        ({"type": "tagging"}, "[P*2]{tokens}"),
+    ],
+)
+def test_dev_is_scored_within_the_budget_of_tokens_to_the_same_metrics(
+    tmp_path: Path, folder: Path, task: dict[str, Any], template: str
+) -> None:
+    config = settings(folder, tmp_path / "prompt", batch_size=16, samples=0)
+    records = [json.loads(line) for line in (folder / "dev.jsonl").read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        record["tokens"] = record["text"].split()
+        record["tags"] = ["O" if word in WORDS else "B-X" for word in record["tokens"]]
+    values = config.model_dump(mode="json") | {"task": task, "prompt": {"template": template}}
+    backbone = Backbone.load(config.model)
+    sizes: list[int] = []
+    hook = backbone.model.register_forward_pre_hook(
+        lambda _module, _args, named: sizes.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    found = []
+    for limit in (None, 60):
+        values["training"]["max_tokens_per_batch"] = limit
+        parts = assemble(RunConfig.model_validate(values), backbone, (records, records))
+        with parts.prompted:
+            parts.prompted.use()
+            sizes.clear()
+            found.append((parts.task.evaluate(backbone, parts.dev, batch_size=32), max(sizes)))
+    hook.remove()
+    (free, most), (kept, within) = found
+    assert most > 60 >= within
+    assert kept == pytest.approx(free, rel=1e-5)
+
+
+def test_a_limit_that_leaves_labels_out_is_named(folder: Path, tmp_path: Path) -> None:
+    values = settings(folder, tmp_path / "prompt").model_dump(mode="json") | {"task": {"type": "linear_classification"}}
+    records = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_label = sorted(records, key=lambda record: str(record["label"]))
+    (tmp_path / "sorted.jsonl").write_text("".join(json.dumps(one) + "\n" for one in by_label), encoding="utf-8")
+    values["data"] |= {"train": str(tmp_path / "sorted.jsonl"), "limit": 5}
+    with pytest.raises(DataError) as caught:
+        train(RunConfig.model_validate(values))
+    assert str(caught.value) == (
+        'data.limit leaves the first 5 training records, which hold 1 labels and lack "positive", which dev has; raise '
+        "it, or list all as task.labels; data.shots draws records of each label"
+    )
+    values["task"]["labels"] = ["negative", "positive"]
+    train(RunConfig.model_validate(values))
 
 
 def test_gradient_checkpointing_gives_the_same_prompt(folder: Path, tmp_path: Path) -> None:

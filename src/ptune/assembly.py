@@ -23,7 +23,7 @@ from ptune.errors import ConfigError, DataError
 from ptune.initial_rows import initial_rows
 from ptune.linear_head import LinearHead
 from ptune.prompted_model import PromptedModel
-from ptune.settings import label_text
+from ptune.settings import Settings, label_text
 from ptune.soft_prompt import SoftPrompt
 from ptune.task_config import ClassificationConfig, LinearClassificationConfig, head_outputs
 from ptune.tasks import Example, Task, completed, task_for
@@ -84,10 +84,14 @@ def assemble(
     """
     template = template_for(config, backbone)
     train, dev = records or read_records(config)
-    config = config.model_copy(update={"task": completed(config.task, train)})
+    task_settings = completed(config.task, train)
+    if task_settings is not config.task and config.data.limit is not None:
+        _check_labels_left(config, task_settings, dev)
+    config = config.model_copy(update={"task": task_settings})
     prompted = PromptedModel(backbone, build_prompt_encoder(config, backbone, template))
     try:
         task = build_task(config, template, backbone, prompted.first_virtual_id)
+        task.max_tokens = config.training.max_tokens_per_batch
         examples = [example for record in train if (example := task.example(record)) is not None]
         scored = sum(task.example(record) is not None for record in dev)  # mistakes in dev show before the first step
         for usable, given, what in ((len(examples), len(train), "training"), (scored, len(dev), "dev")):
@@ -115,6 +119,24 @@ def assemble(
         data_hash=data_hash(train),
         notes=notes,
     )
+
+
+def _check_labels_left(config: RunConfig, task: Settings, dev: Sequence[Record]) -> None:
+    """See that the training records which the limit leaves hold every label or tag of dev, where none are listed.
+
+    Raises:
+        DataError: they do not.
+    """
+    known = head_outputs(task) or ()
+    missing = [label for label in head_outputs(completed(config.task, dev)) or () if label not in known]
+    if missing:
+        labels = isinstance(task, LinearClassificationConfig)
+        setting, one_each = "labels" if labels else "tags", labels and not getattr(task, "multi_label", False)
+        raise DataError(
+            f"data.limit leaves the first {config.data.limit} training records, which hold {len(known)} {setting} and "
+            f'lack "{missing[0]}", which dev has; raise it, or list all as task.{setting}'
+            + ("; data.shots draws records of each label" if one_each else "")
+        )
 
 
 def template_for(config: RunConfig, backbone: Backbone) -> Template:

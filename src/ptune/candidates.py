@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 from ptune.config import RunConfig
 from ptune.config_file import override, parse_config, read_values, typed_value, with_overrides
 from ptune.errors import ConfigError, did_you_mean
+from ptune.mistakes import said_of
 from ptune.settings import Settings
 from ptune.template import Template, Virtual
 
@@ -111,7 +112,7 @@ def load_search(
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(["search", *map(str, first["loc"])])
-        raise ConfigError(f'{path}: "{name}": {first["msg"].lower()}, and is {first["input"]!r}') from None
+        raise ConfigError(f'{path}: "{name}"{said_of([first])}') from None
     return parse_config(values, overrides, source=str(path)), settings
 
 

@@ -175,7 +175,9 @@ class TrainingConfig(Settings):
         1, gt=0, description="Forwards of one optimizer step; their tokens weigh alike, so 1 x 8 equals 8 x 1."
     )
     max_tokens_per_batch: int | None = Field(
-        None, gt=0, description="A forward of more tokens, padding included, is run in parts: less memory, same step."
+        None,
+        gt=0,
+        description="A forward of more tokens, padding included, is run in parts, on dev too: less memory, same step.",
     )
     learning_rate: float = Field(
         5e-3, gt=0, description=f"Highest rate, after the warm-up; {_DEEP_RATE:g} where prompt.deep is on."

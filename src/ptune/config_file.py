@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from ptune.config import RunConfig
 from ptune.errors import ConfigError, did_you_mean
+from ptune.mistakes import said_of
 from ptune.task_config import TASK_CONFIGS
 
 
@@ -78,12 +79,16 @@ def parse_config(
         ConfigError: as `load_config`.
     """
     merged = with_overrides(values, overrides or {})
+    found = _truth_values_for_numbers(merged)
     try:
-        return RunConfig.model_validate(merged)
+        config = RunConfig.model_validate(merged)
     except ValidationError as error:
-        mistakes = [_sentence(entry, merged) for entry in error.errors()]
+        found |= _by_setting(error)
+    mistakes = [_sentence(name, entries) for name, entries in found.items()]
+    if mistakes:
         listed = mistakes[0] if len(mistakes) == 1 else "".join(f"\n  - {mistake}" for mistake in mistakes)
-        raise ConfigError(f"{source}: {listed}") from None
+        raise ConfigError(f"{source}: {listed}")
+    return config
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Return dotted names and values of what the command line was given: ``--training.seed 3 --learning-rate=1e-3``.
 
     Raises:
-        ConfigError: a stray word, a missing or unreadable value, or an unknown setting.
+        ConfigError: a stray word, a missing or unreadable value, an unknown setting, or one that is given twice.
     """
     overrides: dict[str, Any] = {}
     rest = list(arguments)
@@ -135,10 +140,22 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not equals:
             if not rest:
                 raise ConfigError(f"--{name} needs a value")
+            if rest[0].startswith("--") and _is_setting(rest[0][2:].partition("=")[0]):
+                raise ConfigError(f"--{name} needs a value, and {rest[0]} stands behind it")
             value = rest.pop(0)
         full = override(name)
+        if full in overrides:
+            raise ConfigError(f"--{full} is given twice; leave one of the two out")
         overrides[full] = typed_value(full, value)
     return overrides
+
+
+def _is_setting(name: str) -> bool:
+    try:
+        override(name)
+    except ConfigError:
+        return False
+    return True
 
 
 def setting_names() -> list[str]:
@@ -170,7 +187,7 @@ def typed_value(name: str, typed: str) -> Any:
     Raises:
         ConfigError: it cannot be read.
     """
-    parts = [part for leaf, annotation in _leaves() if leaf == name for part in _parts(annotation)] or [str]
+    parts = _parts_of(name) or _values_of(name.rpartition(".")[0])
     if typed == "null" and type(None) in parts:
         return None
     # a text is taken as it stands: as YAML, `no` would be a boolean, and a template often no YAML at all
@@ -180,6 +197,15 @@ def typed_value(name: str, typed: str) -> Any:
         return yaml.safe_load(typed)
     except yaml.YAMLError:
         raise ConfigError(f"--{name} takes a value as it stands in a YAML file, and got '{typed}'") from None
+
+
+def _parts_of(name: str) -> list[Any]:
+    return [part for leaf, annotation in _leaves() if leaf == name for part in _parts(annotation)]
+
+
+def _values_of(mapping: str) -> list[Any]:
+    """Return what the values of a mapping may be."""
+    return [get_args(part)[1] for part in _parts_of(mapping) if get_origin(part) is dict]
 
 
 def _parts(annotation: Any) -> list[Any]:
@@ -196,6 +222,7 @@ def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
+_KINDS = [kind.model_fields["type"].default for kind in TASK_CONFIGS]
 _SHORT_FORM = {"model": "name", "data": "train"}
 
 
@@ -209,28 +236,54 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def _sentence(entry: Any, values: Mapping[str, Any]) -> str:
-    location = [str(part) for part in entry["loc"]]
-    kinds = [kind.model_fields["type"].default for kind in TASK_CONFIGS]
-    if location[:1] == ["task"] and location[1:2] and location[1] in kinds:
-        del location[1]  # pydantic puts the chosen kind of a task into the location; the user never wrote it
-    name = ".".join(location)
-    if entry["type"] == "extra_forbidden":
-        siblings = [n.rsplit(".", 1)[-1] for n in setting_names() if n.rsplit(".", 1)[0] == ".".join(location[:-1])]
-        siblings += [n.split(".")[0] for n in setting_names()] if len(location) == 1 else []
-        elsewhere = [n for n in setting_names() if n.rsplit(".", 1)[-1] == location[-1]]
-        mend = did_you_mean(location[-1], siblings) or (f' Did you mean "{elsewhere[0]}"?' if elsewhere else "")
+def _truth_values_for_numbers(values: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return, as `_by_setting` does, where a number should stand and YAML read true or false, which pydantic takes."""
+    found: dict[str, list[Any]] = {}
+    for name in setting_names():
+        kinds = _parts_of(name)
+        if bool not in kinds and (int in kinds or float in kinds):
+            value: Any = values
+            for part in name.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if isinstance(value, bool):
+                found[name] = [{"type": "int_type" if int in kinds else "float_type", "input": value}]
+    return found
+
+
+def _by_setting(error: ValidationError) -> dict[str, list[Any]]:
+    """Return what pydantic found, by the dotted names of settings as the user would write them."""
+    found: dict[str, list[Any]] = {}
+    for entry in error.errors():
+        location = [str(part) for part in entry["loc"]]
+        if location[:1] == ["task"] and location[1:2] and location[1] in _KINDS:
+            del location[1]  # pydantic puts the chosen kind of a task into the location; the user never wrote it
+        for length in range(1, len(location)):  # and the kind of a value that may be of several
+            kinds = set(_parts_of(".".join(location[:length]))) - {type(None)}
+            if len(kinds) > 1:
+                del location[length:]
+        found.setdefault(".".join(location), []).append(entry)
+    return found
+
+
+def _sentence(name: str, entries: Sequence[Any]) -> str:
+    """Return what is wrong with one setting; with the whole config where it has no name."""
+    kind = entries[0]["type"]
+    if kind == "extra_forbidden":
+        section, _, leaf = name.rpartition(".")
+        siblings = [n.rsplit(".", 1)[-1] for n in setting_names() if n.rsplit(".", 1)[0] == section]
+        siblings += [] if section else [n.split(".")[0] for n in setting_names()]
+        elsewhere = [n for n in setting_names() if n.rsplit(".", 1)[-1] == leaf]
+        mend = did_you_mean(leaf, siblings) or (f' Did you mean "{elsewhere[0]}"?' if elsewhere else "")
+        owners = [kind.model_fields["type"].default for kind in TASK_CONFIGS if leaf in kind.model_fields]
+        if section == "task" and owners:
+            mend = f" It belongs to a task of type {' or '.join(owners)}, and this one is {entries[0]['loc'][1]}."
         if name == "search":
             mend = " It belongs to `ptune search`; take it out of the file, or search with it."
         return f'there is no setting "{name}".{mend}'
-    if entry["type"] == "missing":
-        return f'"{name}" is missing'
-    if entry["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f'"{name}.type" should be {", ".join(kinds[:-1])} or {kinds[-1]}'
-    message = entry["msg"].removeprefix("Value error, ")
-    found = entry["input"]
-    shown = "" if isinstance(found, dict) else f", and is {found!r}"
-    return f'"{name}": {message[0].lower() + message[1:]}{shown}' if name else message
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        return f'"{name}.type" should be {", ".join(_KINDS[:-1])} or {_KINDS[-1]}'
+    said = said_of(entries, null=type(None) in _parts_of(name))
+    return f'"{name}"{said}' if name else said.removeprefix(": ")
 
 
 def config_yaml(config: RunConfig) -> str:

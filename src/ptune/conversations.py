@@ -1,5 +1,7 @@
 """A conversation as records hold it, ShareGPT's turns or OpenAI's messages -> exchanges of question and answer.
 
+Alpaca's ``history`` holds them as pairs already.
+
 A conversation is one system message at most, and turns of user and assistant by turns, the user's first. One that ends
 with a question has no answer to learn there; it is what a prediction answers. What an assistant says before anybody has
 asked, a greeting, is left out. An answer of ``weight`` 0 is context for what follows and is not learnt, so behind the
@@ -96,6 +98,34 @@ def read_conversation(turns: Any, column: str, location: str) -> Conversation | 
         while not learnt[-1]:
             del learnt[-1], spoken[-2:]
     return Conversation(system or "", tuple(spoken[::2]), tuple(spoken[1::2]), tuple(learnt))
+
+
+def read_history(pairs: Any, column: str, location: str) -> tuple[Exchange, ...]:
+    """Return what was asked and answered before, from a list of questions with their answers.
+
+    Args:
+        pairs: what stands there: ``[question, answer]`` each; nothing, or a text, which is a field as any other, is
+            none.
+        column: its name, for messages.
+        location: of the record, for messages.
+
+    Raises:
+        DataError: it is a list, and one of it is no such pair.
+    """
+    if not isinstance(pairs, list):
+        return ()
+    for number, pair in enumerate(pairs, 1):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            found = f"{len(pair)} of them" if isinstance(pair, list) and len(pair) != 2 else _kinds(pair)
+            raise DataError(
+                f"{location}: {column}, item {number}: expected a question and its answer, two texts, and found "
+                f"{found}; correct it, or rename the column if it is no conversation."
+            )
+    return tuple(Exchange({"instruction": question, "input": ""}, answer) for question, answer in pairs)
+
+
+def _kinds(value: Any) -> str:
+    return " and ".join(type(each).__name__ for each in value) if isinstance(value, list) else type(value).__name__
 
 
 def _check_weights(said: Sequence[tuple[Any, Any]], weights: Sequence[Any], column: str, location: str) -> None:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ptune.conversations import Exchange, read_conversation
+from ptune.conversations import Exchange, read_conversation, read_history
 from ptune.errors import DataError, did_you_mean
 from ptune.readers import Record, has_split, looks_like_a_source, read_records
 from ptune.settings import label_text
@@ -36,9 +36,10 @@ def load_records(
 
     ``fields`` adds, under each field's name, the column that it names; ``a.b`` is the member b of an object in the
     column a. Two shapes need none: a record with ``instruction`` and ``output`` (Alpaca) gets an empty ``input`` where
-    it has none; a record with ``conversations`` or ``messages`` (ShareGPT, chat) gets ``system`` from its system turn,
-    ``instruction`` and ``output`` from its last question and answer, an empty ``input``, and as its ``history`` what
-    was said before. One that ends with a question has no ``output``.
+    it has none, and as its ``history`` the questions and answers of a column of that name; a record with
+    ``conversations`` or ``messages`` (ShareGPT, chat) gets ``system`` from its system turn, ``instruction`` and
+    ``output`` from its last question and answer, an empty ``input``, and as its ``history`` what was said before. One
+    that ends with a question has no ``output``.
 
     Raises:
         DataError: nothing is there, it cannot be read, or a named column is missing; names file, line and field.
@@ -50,7 +51,9 @@ def load_records(
         _fill_from_conversation(record)
         if "instruction" in record and "output" in record:
             record.setdefault("input", "")
+        _fill_from_history(record)
         _map_fields(record, fields or {})
+        _fill_from_history(record)
     return records
 
 
@@ -188,6 +191,12 @@ def _fill_from_conversation(record: Record) -> None:
     )
 
 
+def _fill_from_history(record: Record) -> None:
+    """Take over what Alpaca's ``history`` holds, once the record's question is an ``instruction``."""
+    if "instruction" in record and not record.history:
+        record.history = read_history(record.get("history"), "history", record.location)
+
+
 def _map_fields(record: Record, fields: Mapping[str, str]) -> None:
     columns = dict(record)
     for field, column in fields.items():
@@ -198,10 +207,10 @@ def _map_fields(record: Record, fields: Mapping[str, str]) -> None:
                 f"{', '.join(columns)}; correct data.fields.{did_you_mean(column, sorted(columns))}"
             )
         record[field] = value
-        if column == "instruction":  # a question under another name is so in the whole conversation
-            record.history = tuple(
-                replace(said, fields={**said.fields, field: said.fields[column]}) for said in record.history
-            )
+        record.history = tuple(  # a question under another name is so in the whole conversation
+            replace(said, fields={**said.fields, field: said.fields[column]}) if column in said.fields else said
+            for said in record.history
+        )
 
 
 def _column(columns: Mapping[str, Any], name: str) -> Any:

@@ -9,9 +9,7 @@ Knows nothing of training or HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,21 +21,15 @@ from ptune.errors import DataError, SoftPromptError
 from ptune.filling import record_of_text
 from ptune.generation import Generated, GenerationOptions, generate
 from ptune.library import Library
+from ptune.loaded_prompts import LoadedPrompt as LoadedPrompt
+from ptune.loaded_prompts import LoadedPrompts
 from ptune.mixed_batches import answer_together
 from ptune.prompt_memory import PromptMemory
 from ptune.settings import bytes_of
+from ptune.shared_writing import SharedWriting
 from ptune.soft_prompt import SoftPrompt
-from ptune.tasks import Assessment, Tagging, Task, task_for
+from ptune.tasks import Assessment, Tagging
 from ptune.template import Template
-
-
-@dataclass(frozen=True)
-class LoadedPrompt:
-    """A soft prompt in the engine's table: what it is, its first id, and the task bound to that id."""
-
-    prompt: SoftPrompt
-    first_virtual_id: int
-    task: Task
 
 
 class Engine:
@@ -83,13 +75,14 @@ class Engine:
             ValueError: a size is not written as in "1GB".
         """
         self.memory = PromptMemory(bytes_of(prompt_memory))
-        self._library = Library(prompts)
+        library = Library(prompts)
         self.backbone = backbone if isinstance(backbone, Backbone) else Backbone.load(backbone)
         self._tokens = self.backbone.attach()
         self.keys = self._tokens.prefixes
         self.keys.budget = bytes_of(key_memory)
-        self._loaded: dict[str, LoadedPrompt] = {}
+        self._prompts = LoadedPrompts(self.backbone, self._tokens, library, self.memory)
         self._thread = EngineThread()
+        self._writing = SharedWriting(self.backbone, self._thread, self._tokens.lock)
 
     @classmethod
     def for_prompt(cls, folder: str | Path, model: ModelConfig | str | None = None, **loading: Any) -> Engine:
@@ -116,7 +109,7 @@ class Engine:
     @property
     def prompts(self) -> dict[str, LoadedPrompt]:
         """The loaded soft prompts by name."""
-        return dict(self._loaded)
+        return dict(self._prompts.by_name)
 
     def load(self, folder: str | Path, name: str | None = None) -> str:
         """Load a soft prompt from its folder and return its name: ``name``, or that of the folder.
@@ -134,42 +127,19 @@ class Engine:
         Raises:
             SoftPromptError: it belongs to another backbone.
         """
-        with self._tokens.lock:
-            self._add(name, prompt)
-
-    def _add(self, name: str, prompt: SoftPrompt) -> None:
-        prompt.check(self.backbone)
-        first = self._tokens.allocate(len(prompt.rows))
-        self._tokens.set_rows(first, prompt.rows.to(self.backbone.device), prompt.deep)
-        task = task_for(
-            self.backbone,
-            prompt.task,
-            Template.parse(prompt.template),
-            first_virtual_id=first,
-            max_length=prompt.max_length,
-            overlong=prompt.overlong,
-            deep=prompt.deep is not None,
-            head=prompt.head,
-            temperature=prompt.temperature,
-        )
-        self.remove(name)
-        self._loaded[name] = LoadedPrompt(prompt, first, task)
+        self._prompts.add(name, prompt)
 
     def remove(self, name: str) -> None:
         """Forget a soft prompt; its ids are never given again. One of the folder is loaded anew when it is used."""
-        with self._tokens.lock:
-            loaded = self._loaded.pop(name, None)
-            self.memory.remove(name)
-            if loaded is not None:
-                self._tokens.release(loaded.first_virtual_id)
+        self._prompts.remove(name)
 
     def offer(self, name: str, folder: Path) -> None:
         """Let a soft prompt be loaded from its folder when it is first used."""
-        self._library.add(name, folder)
+        self._prompts.library.add(name, folder)
 
     def withdraw(self, name: str) -> None:
         """Forget a soft prompt, and where it lies."""
-        self._library.drop(name)
+        self._prompts.library.drop(name)
         self.remove(name)
 
     def hold(self, name: str) -> LoadedPrompt:
@@ -178,40 +148,11 @@ class Engine:
         Raises:
             SoftPromptError: there is none of that name, or its folder does not hold it any more.
         """
-        with self._tokens.lock:
-            if name not in self._loaded:
-                prompt = SoftPrompt.load(self._library.find(name, self._loaded))
-                self.add(name, prompt)
-                self.memory.add(name, 2 * prompt.rows.nbytes)  # the table is a copy of what each soft prompt keeps
-            if name in self.memory:
-                self.memory.hold(name)
-            return self._loaded[name]
+        return self._prompts.hold(name)
 
     def let_go(self, name: str) -> None:
         """End one use of a soft prompt, and forget those over the budget that nobody uses."""
-        with self._tokens.lock:
-            self.memory.let_go(name)
-            for unused in self.memory.leaving():
-                self.remove(unused)
-
-    @contextmanager
-    def _using(self, *names: str) -> Iterator[list[LoadedPrompt]]:
-        """Hold soft prompts, and the backbone, while the block runs.
-
-        Raises:
-            SoftPromptError: there is none of a name.
-        """
-        with self._tokens.lock:
-            held: list[str] = []
-            try:
-                loaded = []
-                for name in names:
-                    loaded.append(self.hold(name))
-                    held.append(name)
-                yield loaded
-            finally:
-                for name in held:
-                    self.let_go(name)
+        self._prompts.let_go(name)
 
     def predict(
         self, name: str | Sequence[str], records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
@@ -228,11 +169,11 @@ class Engine:
             DataError: a record lacks a field of its template.
         """
         if isinstance(name, str):
-            with self._using(name) as (loaded,):
+            with self._prompts.using(name) as (loaded,):
                 return loaded.task.predict(self.backbone, records, batch_size=batch_size)
         if len(name) != len(records):
             raise SoftPromptError(f"there are {len(name)} names for {len(records)} records; give one for each")
-        with self._using(*name) as each:
+        with self._prompts.using(*name) as each:
             questions = [(loaded.task, record) for loaded, record in zip(each, records, strict=True)]
             return answer_together(self.backbone, questions, batch_size=batch_size)
 
@@ -253,7 +194,7 @@ class Engine:
         """
         if not records:
             raise DataError("there are no records to score; give at least one")
-        with self._using(name) as (loaded,):
+        with self._prompts.using(name) as (loaded,):
             return loaded.task.assess(self.backbone, records, batch_size=batch_size)
 
     def classify(self, name: str, texts: Sequence[str], *, batch_size: int = 32) -> list[dict[str, Any]]:
@@ -279,7 +220,7 @@ class Engine:
         """
         if isinstance(texts, str):
             raise DataError("tag() takes a list of texts or of lists of words, and got a single text; write [text]")
-        with self._using(name) as (loaded,):
+        with self._prompts.using(name) as (loaded,):
             if not isinstance(loaded.task, Tagging):
                 kind = loaded.prompt.task.type
                 raise SoftPromptError(f'the task of "{name}" is {kind}, and tag() takes one of type tagging')
@@ -307,13 +248,16 @@ class Engine:
             SoftPromptError: no soft prompt of that name is loaded.
             BackboneError: the context leaves no room for an answer.
         """
-        return self._generate(name, record, options, on_text, lambda: True)
+        with self._prompts.using(*([] if name is None else [name])) as held:
+            context, options = self._context(name, held, record, options)
+            listener = (lambda _index, text: on_text(text)) if on_text else None
+            return generate(self.backbone, [context], options, on_text=listener)[0]
 
     async def apredict(
         self, name: str | Sequence[str], records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
     ) -> list[dict[str, Any]]:
         """Do as `predict` does, in the engine's one thread. Cancelled before it begins, it costs nothing."""
-        return await self._thread.run(lambda _wanted: self.predict(name, records, batch_size=batch_size))
+        return await self._thread.run(lambda: self.predict(name, records, batch_size=batch_size))
 
     async def agenerate(
         self,
@@ -325,24 +269,19 @@ class Engine:
     ) -> Generated:
         """Do as `generate` does, in the engine's one thread; ``on_text`` is called in the event loop.
 
-        Cancelled, it ends at the next token.
+        Texts that are asked for meanwhile join it, and share its passes. Cancelled, it ends at the next token.
         """
         loop = asyncio.get_running_loop()
         tell = None if on_text is None else lambda text: loop.call_soon_threadsafe(on_text, text)
-        return await self._thread.run(lambda wanted: self._generate(name, record, options, tell, wanted))
 
-    def _generate(
-        self,
-        name: str | None,
-        record: Mapping[str, Any] | str,
-        options: GenerationOptions | None,
-        on_text: Callable[[str], Any] | None,
-        wanted: Callable[[], bool],
-    ) -> Generated:
-        with self._using(*([] if name is None else [name])) as held:
-            context, options = self._context(name, held, record, options)
-            listener = (lambda _index, text: on_text(text)) if on_text else None
-            return generate(self.backbone, [context], options, on_text=listener, go_on=lambda *_: wanted())[0]
+        def begin() -> tuple[list[int], GenerationOptions]:
+            with self._prompts.using(*([] if name is None else [name])) as held:
+                begun = self._context(name, held, record, options)
+                if name is not None:
+                    self.hold(name)  # until the text has ended
+                return begun
+
+        return await self._writing.write(begin, lambda: None if name is None else self.let_go(name), tell)
 
     def _context(
         self,
@@ -374,8 +313,9 @@ class Engine:
     def close(self) -> None:
         """Take all virtual tokens away from the backbone."""
         self._thread.close()
+        self._writing.close()
         with self._tokens.lock:
-            for name in list(self._loaded):
+            for name in self.prompts:
                 self.remove(name)
             self._tokens.detach()
 
@@ -388,7 +328,7 @@ class Engine:
         self.close()
 
     def _template(self, name: str) -> Template:
-        with self._using(name) as (loaded,):
+        with self._prompts.using(name) as (loaded,):
             return loaded.task.renderer.template
 
     def _only_field(self, name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -17,19 +16,13 @@ class EngineThread:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ptune-engine")
 
-    async def run(self, call: Callable[[Callable[[], bool]], T]) -> T:
-        """Return what a call returns.
+    async def run(self, call: Callable[[], T]) -> T:
+        """Return what a call returns. Where the task that awaits it is cancelled before it begins, it never does."""
+        return await asyncio.wrap_future(self._pool.submit(call))
 
-        Args:
-            call: gets a question whether its answer is still wanted. Where the task that awaits it is cancelled, a call
-                that has not begun never does.
-        """
-        unwanted = threading.Event()
-        future = self._pool.submit(call, lambda: not unwanted.is_set())
-        try:
-            return await asyncio.wrap_future(future)
-        finally:
-            unwanted.set()
+    def submit(self, call: Callable[[], None]) -> None:
+        """Let a call wait for its turn; nobody hears of what it returns or raises."""
+        self._pool.submit(call)
 
     def close(self) -> None:
         """Let the call that runs end; those that wait are cancelled."""

@@ -38,7 +38,7 @@ def record_of_text(template: Template, text: str, others: Mapping[str, str], nam
         name: of the soft prompt, for messages.
 
     Raises:
-        DataError: the template has no field, needs more of them, or has none of a given name.
+        DataError: the template has no field, needs more of them, has none of a given name, or the text's own is given.
     """
     fields, question = template.fields, template.question_field
     if question is None:
@@ -49,6 +49,8 @@ def record_of_text(template: Template, text: str, others: Mapping[str, str], nam
         raise DataError(
             f'the template of "{name}" has no field "{unknown[0]}"; {listed}.{did_you_mean(unknown[0], fields)}'
         )
+    if question in others:
+        raise DataError(f'the text stands for the field "{question}", which is given beside it; give one of the two')
     known = (question, *template.optional_fields, *others)
     needed = [field for field in fields if field not in known]
     if needed:

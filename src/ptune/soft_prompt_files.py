@@ -28,6 +28,7 @@ from ptune.errors import OutputError, SoftPromptError, did_you_mean
 from ptune.files import read_json, read_tensors, tensors_hash, write_atomically, write_json, write_tensors
 from ptune.keys_and_values import KeyValueShape
 from ptune.linear_head import LinearHead, head_from, head_tensors
+from ptune.mistakes import said_of
 from ptune.model_card import CARD, is_model_card
 from ptune.peft_format import ADAPTER_CONFIG, ADAPTER_TENSORS
 from ptune.settings import Settings
@@ -241,7 +242,7 @@ def read_description(folder: Path) -> Description:
     try:
         return Description.model_validate(values)
     except ValidationError as error:
-        mistakes = "; ".join(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()[:3])
+        mistakes = "; ".join(f"{'.'.join(map(str, entry['loc']))}{said_of([entry])}" for entry in error.errors()[:3])
         raise SoftPromptError(
             f'"{path}" was altered or comes from another version of ptune ({mistakes}); copy it again or upgrade ptune'
         ) from None

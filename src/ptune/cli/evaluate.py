@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
+from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def evaluate(
     from ptune.engine import Engine
     from ptune.files import write_json
 
+    _check_split(data, split)
     if split is None:
         split = "test" if Path(data).is_file() or has_split(data, "test") else "dev"
     records = load_records(data, split=split, fields=column_mapping(field), limit=limit)
@@ -100,7 +102,7 @@ def predict(
     prompt: Prompt,
     data: Annotated[str, typer.Argument(help="File, folder or Hub name of records, or a text to classify.")],
     output: Annotated[Path | None, typer.Option(help="File of JSON lines; the terminal where absent.")] = None,
-    split: Annotated[str, typer.Option(help="Which part of a folder or Hub name.")] = "test",
+    split: Annotated[str | None, typer.Option(help="Which part of a folder or Hub name; test where absent.")] = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -122,9 +124,13 @@ def predict(
     from ptune.files import write_text
 
     is_text = not (Path(data).exists() or looks_like_a_source(data))
-    records: list[Any] = (
-        [] if is_text else list(load_records(data, split=split, fields=column_mapping(field), limit=limit))
-    )
+    records: list[Any] = []
+    if is_text:
+        why = f'"{data}" is no file, folder or Hub name, but a text to answer'
+        refuse_unused(why, split=split, field=field, limit=limit)
+    else:
+        _check_split(data, split)
+        records = list(load_records(data, split=split or "test", fields=column_mapping(field), limit=limit))
     with Engine.for_prompt(prompt, model, **loading(device, dtype, trust_remote_code)) as engine:
         (name,) = engine.prompts
         if is_text:
@@ -139,6 +145,11 @@ def predict(
     else:
         write_text(output, lines)
         typer.echo(f"{len(answers)} answers written to {output}", err=True)
+
+
+def _check_split(data: str, split: str | None) -> None:
+    if Path(data).is_file():
+        refuse_unused(f'"{data}" is a single file', split=split)
 
 
 def _beside(record: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:

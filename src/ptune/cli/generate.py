@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from ptune.cli.evaluate import column_mapping
 from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
+from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
+from ptune.mistakes import said_of
 
 if TYPE_CHECKING:
     from ptune.chat import Chat
@@ -53,6 +55,9 @@ def generate(
     ] = None,
 ) -> None:
     """Answer one instruction, or chat until an empty line."""
+    samples = any(value is not None for value in (temperature, top_p, top_k, min_p))
+    if not samples:
+        refuse_unused("nothing is drawn without --temperature, --top-p, --top-k or --min-p", seed=seed)
     from ptune.cli.quiet import quiet
 
     quiet()
@@ -64,7 +69,7 @@ def generate(
         loaded = engine.prompts[name]
         options = _options(
             max_new_tokens=max_new_tokens or getattr(loaded.prompt.task, "max_new_tokens", 128),
-            do_sample=any(value is not None for value in (temperature, top_p, top_k, min_p)),
+            do_sample=samples,
             temperature=1.0 if temperature is None else temperature,
             top_p=1.0 if top_p is None else top_p,
             top_k=top_k or 0,
@@ -99,8 +104,8 @@ def _options(**values: Any) -> GenerationOptions:
         return GenerationOptions(**values)
     except ValidationError as error:
         entry = error.errors()[0]
-        option, message = str(entry["loc"][0]).replace("_", "-"), entry["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--{option}: {message[0].lower() + message[1:]}") from None
+        option = str(entry["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{option}{said_of([entry])}") from None
 
 
 def _question() -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ptune.cli.overrides import run_overrides
+from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
 
 _COLOURS = {"virtual": "black on cyan", "answer": "black on green", "special": "magenta", "text": ""}
@@ -23,7 +24,9 @@ def inspect(
     data: Annotated[
         str | None, typer.Option(help='After "data": file, folder or Hub name; goes before the file\'s.')
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="So many examples, or nearest words of a virtual token.")] = 3,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="So many examples, or nearest words of a virtual token; 3 where absent.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All there is to say about a soft prompt, as JSON.")] = False,
 ) -> None:
     """Say what a soft prompt is, with the nearest words of each virtual token; or show rendered examples of a config.
@@ -31,13 +34,17 @@ def inspect(
     `ptune inspect data CONFIG.yaml` decodes examples back to text: virtual tokens on cyan, what is supervised on green.
     """
     if target == "data":
-        _inspect_data(config, context.args, model, data, count)
+        refuse_unused("it goes with a soft prompt, and these are data", json=as_json)
+        _inspect_data(config, context.args, model, data, count or 3)
     elif config is not None or context.args:
         raise ConfigError(
             f'"ptune inspect {target}" takes nothing more; for rendered examples: ptune inspect data CONFIG.yaml'
         )
     else:
-        _inspect_prompt(Path(target), model, count, as_json=as_json)
+        refuse_unused('a soft prompt holds no data; for those: "ptune inspect data CONFIG.yaml"', data=data)
+        if as_json:
+            refuse_unused("--json says nothing of nearest words", model=model, count=count)
+        _inspect_prompt(Path(target), model, count or 3, as_json=as_json)
 
 
 def _inspect_data(config: Path | None, rest: list[str], model: str | None, data: str | None, count: int) -> None:

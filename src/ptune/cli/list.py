@@ -14,15 +14,16 @@ def list_prompts(
     ),
 ) -> None:
     """Show the soft prompts in a folder: task, backbone, score on dev, size, date."""
+    from ptune.cli.quiet import quiet
+
+    quiet()
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from ptune.cli.progress import format_value
-    from ptune.cli.quiet import quiet
     from ptune.library import read_library
 
-    quiet()
     entries = read_library(folder)
     table = Table("soft prompt", "task", "backbone", "tokens", "dev score", "size", "date", box=None)
     for entry in entries:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ptune.errors import ConfigError, MissingExtraError
+from ptune.mistakes import said_of
 
 _LOOPBACK = ("localhost", "127.", "::1")
 _KEEP_ALIVE = 75
@@ -43,7 +44,7 @@ def checked(settings: type[Any], **values: Any) -> Any:
     except ValidationError as error:
         entry = error.errors()[0]
         option = "--" + str(entry["loc"][0]).replace("_", "-").removesuffix("-seconds") if entry["loc"] else "limits"
-        raise ConfigError(f"{option}: {entry['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(f"{option}{said_of([entry])}") from None
 
 
 def json_log(name: str) -> logging.Logger:

@@ -24,10 +24,11 @@ def loading(device: str, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
 
     from ptune.config import ModelConfig
     from ptune.errors import ConfigError
+    from ptune.mistakes import said_of
 
     settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
         ModelConfig.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(f"--dtype: {error.errors()[0]['msg'].lower()}, and is {dtype!r}") from None
+        raise ConfigError(f"--dtype{said_of(error.errors())}") from None  # the only one that is not any text
     return settings

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ptune.errors import ConfigError
+
 
 def run_overrides(
     arguments: list[str], *, model: str | None = None, data: str | None = None, output: Path | None = None
@@ -14,19 +16,22 @@ def run_overrides(
     Args:
         arguments: settings by name, as typer leaves them over.
         model: folder, Hub name or ``mini``.
-        data: the training data; the file's dev part is not for it.
+        data: the training data; the file's dev part is not for it, one among the arguments is.
         output: folder of the soft prompt.
 
     Raises:
-        ConfigError: as `parse_overrides`.
+        ConfigError: as `parse_overrides`; or a setting is given by its short option and by its name.
     """
     from ptune.config_file import parse_overrides
 
     overrides = parse_overrides(arguments)
+    for option, value, name in (("model", model, "model.name"), ("data", data, "data.train")):
+        if value is not None and name in overrides:
+            raise ConfigError(f"--{option} and --{name} both say the same thing; give one of the two")
     if model is not None:
         overrides["model.name"] = model
     if data is not None:
-        overrides |= {"data.train": data, "data.dev": None}
+        overrides = {"data.train": data, "data.dev": None} | overrides
     if output is not None:
         overrides["output"] = str(output)
     return overrides

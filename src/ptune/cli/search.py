@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ptune.cli.overrides import run_overrides
+from ptune.cli.unused import refuse_unused
+from ptune.errors import ConfigError
 
 
 def search(
@@ -43,9 +45,14 @@ def search(
     from ptune.cli.quiet import quiet
 
     overrides = run_overrides(context.args, model=model, data=data, output=output)
+    if explain:
+        refuse_unused("--explain trains nothing", overwrite=overwrite)
+    varied = parse_vary(vary or [])
+    if twice := [name for name in varied if name in overrides]:
+        raise ConfigError(f"{twice[0]} is given by --vary and as --{twice[0]}; give one of the two")
     given: dict[str, Any] = {"sample": sample, "halvings": halvings, "limit": limit}
     given = {name: value for name, value in given.items() if value is not None}
-    run, settings = load_search(config, overrides, given | {"vary": parse_vary(vary or [])})
+    run, settings = load_search(config, overrides, given | {"vary": varied})
 
     quiet()
     if explain:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ptune.cli.listening import check_extra, checked, json_log, listen, run
+from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
 
 
 def serve(
-    backbone: Annotated[str, typer.Option(help='Folder, Hub name, or "mini".')] = "mini",
+    backbone: Annotated[str | None, typer.Option(help='Folder, Hub name, or "mini", which is the default.')] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Folder of soft prompts; each is a model. Looked at while the server runs.")
     ] = None,
@@ -20,8 +21,10 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16, float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the backbone: auto, float32, bfloat16, float16. Default: auto.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps. Default: auto.")] = None,
     tokens_file: Annotated[
         Path | None, typer.Option(help="Bearer tokens, one a line; where absent, those in PTUNE_SERVE_TOKENS, if any.")
     ] = None,
@@ -49,48 +52,67 @@ def serve(
     engine: Annotated[str, typer.Option(help="ptune, or vllm to start one over --merged and serve its tasks.")] = (
         "ptune"
     ),
-    vllm_python: Annotated[str, typer.Option(help="Python that has vLLM.")] = "python3",
+    vllm_python: Annotated[str | None, typer.Option(help="Python that has vLLM. Default: python3.")] = None,
     vllm_arg: Annotated[
         list[str] | None, typer.Option(help="Argument for vLLM, such as --tensor-parallel-size=2; more than once.")
     ] = None,
-    vllm_start: Annotated[float, typer.Option(min=1, help="Seconds that vLLM may take to load.")] = 900,
+    vllm_start: Annotated[
+        float | None, typer.Option(min=1, help="Seconds that vLLM may take to load. Default: 900.")
+    ] = None,
 ) -> None:
     """Serve a backbone, and each soft prompt in a folder as a model, by OpenAI's interface."""
     if engine not in ("ptune", "vllm"):
         raise ConfigError(f'--engine is ptune or vllm, not "{engine}"')
-    if engine == "vllm" and (merged is None or not merged.is_dir()):
+    starts_vllm = engine == "vllm"
+    if starts_vllm and (merged is None or not merged.is_dir()):
         raise ConfigError("--engine vllm serves a merged model: name its folder by --merged; ptune merge writes one")
-    if upstream or engine == "vllm":
-        ours = {"--prompts": prompts, "--max-batch": max_batch, "--prompt-memory": prompt_memory}
-        ours |= {"--key-memory": key_memory, "--log-text": log_text or None}
-        if given := [option for option, value in ours.items() if value is not None]:
-            raise ConfigError(f"{given[0]} is an option of ptune's own engine, which does not run here; leave it out")
+    model = {"name": backbone, "dtype": dtype, "device": device}
+    own = {"max_batch": max_batch, "prompt_memory": prompt_memory, "key_memory": key_memory}
+    limits: dict[str, Any] = {"max_body": max_body, "max_items": max_items, "max_tokens": max_tokens}
+    limits |= {"max_queue": max_queue, "deadline_seconds": deadline, "watch_seconds": watch}
+    if not starts_vllm:
+        why = "it is one of the vLLM that --engine vllm starts"
+        refuse_unused(why, vllm_python=vllm_python, vllm_arg=vllm_arg, vllm_start=vllm_start)
+    if upstream or starts_vllm:
+        why = "it is one of ptune's own engine, which does not run here"
+        refuse_unused(why, backbone=backbone, dtype=dtype, device=device, prompts=prompts, log_text=log_text, **own)
         from ptune.cli.gateway import serve_gateway
 
-        vllm = {"python": vllm_python, "arguments": vllm_arg or [], "start_seconds": vllm_start}
-        theirs: dict[str, float | None] = {
-            "max_body": max_body,
-            "max_items": max_items,
-            "max_tokens": max_tokens,
-            "max_queue": max_queue,
-        }
-        theirs |= {"deadline_seconds": deadline, "watch_seconds": watch}
-        started = vllm if engine == "vllm" else None
-        serve_gateway(upstream or [], merged, started, host, port, tokens_file, drain, theirs)
+        vllm = {"python": vllm_python or "python3", "arguments": vllm_arg or [], "start_seconds": vllm_start or 900}
+        started = vllm if starts_vllm else None
+        serve_gateway(upstream or [], merged, started, host, port, tokens_file, drain, limits)
         return
     if merged is not None:
         raise ConfigError("--merged goes with --engine vllm or --upstream; ptune's own engine serves --prompts")
-    limits = {
-        "max_body": max_body,
-        "max_items": max_items,
-        "max_tokens": max_tokens,
-        "max_batch": max_batch,
-        "max_queue": max_queue,
-        "deadline_seconds": deadline,
-        "prompt_memory": prompt_memory,
-        "key_memory": key_memory,
-        "watch_seconds": watch,
-    }
+    if prompts is None:
+        why = "no folder of soft prompts is served; name one by --prompts"
+        refuse_unused(why, watch=watch, prompt_memory=prompt_memory, key_memory=key_memory)
+    _serve_engine(model, prompts, host, port, tokens_file, drain, limits | own | {"log_text": log_text})
+
+
+def _serve_engine(
+    model: dict[str, str | None],
+    prompts: Path | None,
+    host: str,
+    port: int,
+    tokens_file: Path | None,
+    drain: int,
+    limits: dict[str, Any],
+) -> None:
+    """Serve what an engine of this process answers.
+
+    Args:
+        model: of `ModelConfig`; None for its defaults.
+        prompts: folder of soft prompts.
+        host: to listen on.
+        port: to listen on.
+        tokens_file: bearer tokens.
+        drain: seconds that SIGTERM leaves to requests in flight.
+        limits: of `ServeSettings`; None for its defaults.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
     check_extra()
     from ptune.cli.quiet import quiet
 
@@ -100,13 +122,13 @@ def serve(
     from ptune.serve.security import read_tokens
     from ptune.serve.settings import ServeSettings
 
-    settings = checked(ServeSettings, log_text=log_text, **limits)
-    model = checked(ModelConfig, name=backbone, dtype=dtype, device=device)
+    settings = checked(ServeSettings, **limits)
+    loading = checked(ModelConfig, **model)
     tokens = read_tokens(tokens_file)
     log = json_log(__name__)
     listening = listen(host, port)
     from ptune.engine import Engine
 
-    with listening, Engine(model) as engine_:
-        run(create_app(engine_, prompts, settings, tokens), listening, drain, len(tokens), log, backbone=backbone)
+    with listening, Engine(loading) as engine:
+        run(create_app(engine, prompts, settings, tokens), listening, drain, len(tokens), log, backbone=loading.name)
     log.info("stopped")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ptune.cli.overrides import run_overrides
+from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,11 +48,18 @@ def train(
 
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite begins anew; give one of the two")
+    if explain:
+        why = "--explain trains nothing"
+        refuse_unused(why, resume=resume, overwrite=overwrite, seeds=seeds if seeds > 1 else None)
     files = [config]
     while context.args and not context.args[0].startswith("--"):
         files.append(Path(context.args.pop(0)))
     overrides = run_overrides(context.args, model=model, data=data, output=output)
     if from_prompt is not None:
+        if given := [name for name in overrides if name.startswith("prompt.start.")]:
+            raise ConfigError(
+                f"--from and --{given[0]} both say what the virtual tokens start from; give one of the two"
+            )
         overrides["prompt.start"] = {"method": "prompt", "prompt": from_prompt}
     settings = [load_config(file, overrides) for file in files]
 

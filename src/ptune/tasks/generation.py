@@ -23,6 +23,7 @@ from ptune.generation import Generated, GenerationOptions, generate
 from ptune.readers import Record
 from ptune.rendering import Renderer
 from ptune.task_config import ExtractionConfig, GenerationConfig
+from ptune.tasks.reading import in_batches
 from ptune.tasks.task import Asked, Example, Task
 
 # Scripts that write no blanks between words: every character counts as one.
@@ -123,6 +124,9 @@ class Generation(Task):
         """Return what is written for each record, greedily decoded, in order."""
         contexts = [self.renderer.question(record, self.config.max_new_tokens) for record in records]
         options = GenerationOptions(max_new_tokens=self.config.max_new_tokens)
+        if self.max_tokens is not None and contexts:
+            longest = max(map(len, contexts)) + options.max_new_tokens
+            batch_size = max(1, min(batch_size, self.max_tokens // longest))
         return generate(backbone, contexts, options, batch_size=batch_size)
 
     def evaluate(
@@ -140,11 +144,10 @@ class Generation(Task):
                 f"all {len(records)} records are left out as longer than {self.renderer.limit} tokens of text, so none "
                 "can be scored; shorten them, or train with a higher max_length"
             )
-        examples.sort(key=lambda example: -len(example.rows[0].ids))
         total, pad_id = 0.0, backbone.tokenizer.pad_token_id
         with torch.no_grad():
-            for start in range(0, len(examples), batch_size):
-                total += float(self.loss(backbone, examples[start : start + batch_size], pad_id))
+            for together in in_batches([example.rows for example in examples], batch_size, self.max_tokens):
+                total += float(self.loss(backbone, [examples[number] for number in together], pad_id))
         loss = total / sum(example.weight for example in examples)
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if self.metric != "loss":

@@ -66,18 +66,21 @@ class ReadingTask(Task):
         return self.head(states)
 
 
-def in_batches(rows: Sequence[Sequence[Row]], batch_size: int) -> Iterator[list[int]]:
+def in_batches(rows: Sequence[Sequence[Row]], batch_size: int, max_tokens: int | None = None) -> Iterator[list[int]]:
     """Give numbers of examples that are read together: of similar length, longest first, and one at least.
 
     Args:
         rows: of each example.
         batch_size: rows at once.
+        max_tokens: at once, padding included; None for no limit.
     """
-    order = sorted(range(len(rows)), key=lambda number: -max(len(row.ids) for row in rows[number]))
+    lengths = [max(len(row.ids) for row in each) for each in rows]
+    order = sorted(range(len(rows)), key=lambda number: -lengths[number])
     start = 0
     while start < len(order):
-        end = start + 1
-        while end < len(order) and sum(len(rows[n]) for n in order[start : end + 1]) <= batch_size:
+        end, longest = start + 1, lengths[order[start]]
+        most = batch_size if max_tokens is None else min(batch_size, max_tokens // max(1, longest))
+        while end < len(order) and sum(len(rows[n]) for n in order[start : end + 1]) <= most:
             end += 1
         yield order[start:end]
         start = end

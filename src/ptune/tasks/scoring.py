@@ -144,8 +144,11 @@ class ScoringTask(ReadingTask):
     def assess(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> Assessment:
         """Return accuracy, macro F1, micro F1 where an answer is left out of it, calibration error and loss.
 
-        ``calibration_error`` is that of the probabilities as `predict` gives them; with a temperature
-        ``calibration_error_before`` is that without it. ``loss`` is the training's: weighted, without the temperature.
+        All are of the scores that `predict` answers by, `corrected`: of a classification that is calibrated by its
+        prior, less the scores of an empty record. ``calibration_error`` is that of the probabilities as `predict` gives
+        them; with a temperature ``calibration_error_before`` is that without it. ``loss`` is the mean cross-entropy of
+        those scores with the labels' weights and without the temperature: what training minimises, but for the prior,
+        which training knows nothing of.
         ``prediction_share`` is how many predictions are the most frequent one.
         """
         return self.assessment(self.all_scores(backbone, records, batch_size), records)
@@ -182,7 +185,7 @@ class ScoringTask(ReadingTask):
         rows = [self.rows(record) for record in records]
         order, chunks = [], []
         with torch.no_grad():
-            for together in in_batches(rows, batch_size):
+            for together in in_batches(rows, batch_size, self.max_tokens):
                 chunk = [rows[index] for index in together]
                 chunks.append(self.scores(backbone, chunk, backbone.tokenizer.pad_token_id).float().cpu())
                 order += together

@@ -173,7 +173,7 @@ class Tagging(ReadingTask):
         rows = [(row,) for row, _ in found if row is not None]
         scores: dict[int, Tensor] = {}
         with torch.no_grad():
-            for together in in_batches(rows, batch_size):
+            for together in in_batches(rows, batch_size, self.max_tokens):
                 read = self.read(backbone, [rows[n][0] for n in together], backbone.tokenizer.pad_token_id)
                 counts = [len(rows[n][0].read_at) for n in together]
                 scores |= zip(together, self.head_scores(read).float().cpu().split(counts), strict=True)

@@ -128,6 +128,8 @@ class Task(ABC):
     Attributes:
         head: the trained linear head of a task that asks for one (`ptune.task_config.head_outputs`), set by whoever
             has it; None for others.
+        max_tokens: most tokens of a pass in which records are answered or scored, padding included, set by whoever has
+            a limit; None for none. A record that alone has more is a pass of its own. Answers are the same.
     """
 
     metric: str
@@ -140,11 +142,12 @@ class Task(ABC):
         self.config = config
         self.renderer = renderer
         self.head: LinearHead | None = None
+        self.max_tokens: int | None = None
 
     def with_renderer(self, renderer: Renderer) -> Task:
         """Return the same task on another renderer."""
         task = type(self)(self.config, renderer)
-        task.head = self.head
+        task.head, task.max_tokens = self.head, self.max_tokens
         return task
 
     @abstractmethod
