@@ -46,9 +46,10 @@ def serve(
         Path | None,
         typer.Option(help="Merged model that engines behind --upstream serve, or its ptune_merged.json."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="ptune, or vllm to start one over --merged and serve its tasks.")] = (
-        "ptune"
-    ),
+    engine: Annotated[
+        str,
+        typer.Option(help="ptune, or vllm: started over --merged, or over --backbone, with --prompts as embeddings."),
+    ] = "ptune",
     vllm_python: Annotated[str, typer.Option(help="Python that has vLLM.")] = "python3",
     vllm_arg: Annotated[
         list[str] | None, typer.Option(help="Argument for vLLM, such as --tensor-parallel-size=2; more than once.")
@@ -58,10 +59,15 @@ def serve(
     """Serve a backbone, and each soft prompt in a folder as a model, by OpenAI's interface."""
     if engine not in ("ptune", "vllm"):
         raise ConfigError(f'--engine is ptune or vllm, not "{engine}"')
-    if engine == "vllm" and (merged is None or not merged.is_dir()):
-        raise ConfigError("--engine vllm serves a merged model: name its folder by --merged; ptune merge writes one")
+    if engine == "vllm" and prompts is None and (merged is None or not merged.is_dir()):
+        raise ConfigError(
+            "--engine vllm serves a merged model: name its folder by --merged; ptune merge writes one. Or name a "
+            "folder of soft prompts by --prompts: they are sent as embeddings"
+        )
     if upstream or engine == "vllm":
-        ours = {"--prompts": prompts, "--max-batch": max_batch, "--prompt-memory": prompt_memory}
+        if merged is not None and prompts is not None:
+            raise ConfigError("a merged model has its tasks in it; give --merged or --prompts, not both")
+        ours = {"--max-batch": max_batch, "--prompt-memory": prompt_memory}
         ours |= {"--key-memory": key_memory, "--log-text": log_text or None}
         if given := [option for option, value in ours.items() if value is not None]:
             raise ConfigError(f"{given[0]} is an option of ptune's own engine, which does not run here; leave it out")
@@ -76,7 +82,8 @@ def serve(
         }
         theirs |= {"deadline_seconds": deadline, "watch_seconds": watch}
         started = vllm if engine == "vllm" else None
-        serve_gateway(upstream or [], merged, started, host, port, tokens_file, drain, theirs)
+        embedded = None if prompts is None else (backbone, prompts)
+        serve_gateway(upstream or [], merged, embedded, started, host, port, tokens_file, drain, theirs)
         return
     if merged is not None:
         raise ConfigError("--merged goes with --engine vllm or --upstream; ptune's own engine serves --prompts")
