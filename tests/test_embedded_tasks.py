@@ -183,6 +183,19 @@ def test_each_soft_prompt_is_a_model_that_says_what_the_engine_says(served: Serv
     assert len(told.choices[0].logprobs.token_logprobs or ()) == NEW
 
 
+def test_no_more_is_asked_for_than_the_context_leaves_room_for(served: Served) -> None:
+    limit = served.alone.backbone.context_limit
+    text = TEXTS[0]
+    while len(served.alone.backbone.tokenizer(text)["input_ids"]) < limit - 40:
+        text += " soup"
+    for name in ("answer", "tiny"):
+        said = served.client.completions.create(model=name, prompt=text, max_tokens=100)
+        assert said.usage is not None
+        read = said.usage.prompt_tokens
+        assert served.asked[-1]["max_tokens"] == limit - read < 100
+        assert said.choices[0].text == served.expected(name if name != "tiny" else None, text, limit - read)
+
+
 def test_answers_are_streamed(served: Served) -> None:
     client = served.client
     parts = list(client.completions.create(model="answer", prompt=TEXTS[0], max_tokens=NEW, stream=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,47 +57,59 @@ def serve(
     vllm_start: Annotated[float, typer.Option(min=1, help="Seconds that vLLM may take to load.")] = 900,
 ) -> None:
     """Serve a backbone, and each soft prompt in a folder as a model, by OpenAI's interface."""
+    limits: dict[str, Any] = {
+        "max_body": max_body,
+        "max_items": max_items,
+        "max_tokens": max_tokens,
+        "max_queue": max_queue,
+        "deadline_seconds": deadline,
+        "watch_seconds": watch,
+    }
+    ours = {"max_batch": max_batch, "prompt_memory": prompt_memory, "key_memory": key_memory}
+    ours["log_text"] = log_text or None
+    where = (host, port, tokens_file, drain)
     if engine not in ("ptune", "vllm"):
         raise ConfigError(f'--engine is ptune or vllm, not "{engine}"')
+    if not (upstream or engine == "vllm"):
+        if merged is not None:
+            raise ConfigError("--merged goes with --engine vllm or --upstream; ptune's own engine serves --prompts")
+        _serve_here(backbone, dtype, device, prompts, where, limits | ours)
+        return
+    _check_elsewhere(engine, merged, prompts, ours)
+    from ptune.cli.gateway import serve_gateway
+
+    vllm = {"python": vllm_python, "arguments": vllm_arg or [], "start_seconds": vllm_start}
+    embedded = None if prompts is None else (backbone, prompts)
+    serve_gateway(upstream or [], merged, embedded, vllm if engine == "vllm" else None, *where, limits)
+
+
+def _check_elsewhere(engine: str, merged: Path | None, prompts: Path | None, ours: dict[str, Any]) -> None:
+    """See that others can serve what the command line names.
+
+    Raises:
+        ConfigError: they cannot.
+    """
     if engine == "vllm" and prompts is None and (merged is None or not merged.is_dir()):
         raise ConfigError(
             "--engine vllm serves a merged model: name its folder by --merged; ptune merge writes one. Or name a "
             "folder of soft prompts by --prompts: they are sent as embeddings"
         )
-    if upstream or engine == "vllm":
-        if merged is not None and prompts is not None:
-            raise ConfigError("a merged model has its tasks in it; give --merged or --prompts, not both")
-        ours = {"--max-batch": max_batch, "--prompt-memory": prompt_memory}
-        ours |= {"--key-memory": key_memory, "--log-text": log_text or None}
-        if given := [option for option, value in ours.items() if value is not None]:
-            raise ConfigError(f"{given[0]} is an option of ptune's own engine, which does not run here; leave it out")
-        from ptune.cli.gateway import serve_gateway
+    if merged is not None and prompts is not None:
+        raise ConfigError("a merged model has its tasks in it; give --merged or --prompts, not both")
+    if given := [name for name, value in ours.items() if value is not None]:
+        option = "--" + given[0].replace("_", "-")
+        raise ConfigError(f"{option} is an option of ptune's own engine, which does not run here; leave it out")
 
-        vllm = {"python": vllm_python, "arguments": vllm_arg or [], "start_seconds": vllm_start}
-        theirs: dict[str, float | None] = {
-            "max_body": max_body,
-            "max_items": max_items,
-            "max_tokens": max_tokens,
-            "max_queue": max_queue,
-        }
-        theirs |= {"deadline_seconds": deadline, "watch_seconds": watch}
-        started = vllm if engine == "vllm" else None
-        embedded = None if prompts is None else (backbone, prompts)
-        serve_gateway(upstream or [], merged, embedded, started, host, port, tokens_file, drain, theirs)
-        return
-    if merged is not None:
-        raise ConfigError("--merged goes with --engine vllm or --upstream; ptune's own engine serves --prompts")
-    limits = {
-        "max_body": max_body,
-        "max_items": max_items,
-        "max_tokens": max_tokens,
-        "max_batch": max_batch,
-        "max_queue": max_queue,
-        "deadline_seconds": deadline,
-        "prompt_memory": prompt_memory,
-        "key_memory": key_memory,
-        "watch_seconds": watch,
-    }
+
+def _serve_here(
+    backbone: str,
+    dtype: str,
+    device: str,
+    prompts: Path | None,
+    where: tuple[str, int, Path | None, int],
+    limits: dict[str, Any],
+) -> None:
+    """Serve by ptune's own engine, in this process."""
     check_extra()
     from ptune.cli.quiet import quiet
 
@@ -107,13 +119,14 @@ def serve(
     from ptune.serve.security import read_tokens
     from ptune.serve.settings import ServeSettings
 
-    settings = checked(ServeSettings, log_text=log_text, **limits)
+    host, port, tokens_file, drain = where
+    settings = checked(ServeSettings, **limits)
     model = checked(ModelConfig, name=backbone, dtype=dtype, device=device)
     tokens = read_tokens(tokens_file)
     log = json_log(__name__)
     listening = listen(host, port)
     from ptune.engine import Engine
 
-    with listening, Engine(model) as engine_:
-        run(create_app(engine_, prompts, settings, tokens), listening, drain, len(tokens), log, backbone=backbone)
+    with listening, Engine(model) as engine:
+        run(create_app(engine, prompts, settings, tokens), listening, drain, len(tokens), log, backbone=backbone)
     log.info("stopped")

@@ -101,7 +101,7 @@ class EmbeddedTasks:
             body = self._body(asked, loaded, asked.max_completion_tokens or asked.max_tokens, most)
             renderer = None if loaded is None else loaded.renderer
             ids = chat_context(self._backbone, renderer, messages, asked.fields, body["max_tokens"])
-        return Posted(COMPLETIONS, body | self._prompt(ids, loaded), AsChatEvents() if asked.stream else as_chat)
+        return Posted(COMPLETIONS, self._with_prompt(body, ids, loaded), AsChatEvents() if asked.stream else as_chat)
 
     def completion(self, asked: CompletionRequest, text: str, most: int) -> Posted:
         """Return what is posted for a text to continue.
@@ -116,7 +116,7 @@ class EmbeddedTasks:
             ids = completion_context(self._backbone, renderer, text, asked.fields)
         if asked.logprobs is not None:
             body["logprobs"] = asked.logprobs
-        return Posted(COMPLETIONS, body | self._prompt(ids, loaded))
+        return Posted(COMPLETIONS, self._with_prompt(body, ids, loaded))
 
     async def hindrance(self, client: httpx.AsyncClient, url: str, model: str) -> str | None:
         """Return why a server cannot have these requests, None where it can: words by id and by row say the same."""
@@ -186,10 +186,14 @@ class EmbeddedTasks:
             )
         return sampled(asked, max_tokens, None if loaded is None else loaded.usual, most)
 
-    def _prompt(self, ids: Sequence[int], loaded: _Loaded | None) -> Body:
+    def _with_prompt(self, body: Body, ids: Sequence[int], loaded: _Loaded | None) -> Body:
+        """Return a body with what is to be continued; no more is asked for than the context leaves room for."""
+        limit = self._backbone.context_limit
+        if limit is not None:
+            body |= {"max_tokens": min(body["max_tokens"], limit - len(ids))}
         if loaded is None:
-            return {"prompt": list(ids)}
-        return {"prompt_embeds": as_embeds(embedded(self._backbone, ids, loaded.rows))}
+            return body | {"prompt": list(ids)}
+        return body | {"prompt_embeds": as_embeds(embedded(self._backbone, ids, loaded.rows))}
 
 
 def embedded(backbone: StoredBackbone, ids: Sequence[int], rows: Tensor) -> Tensor:
