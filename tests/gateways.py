@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import subprocess
@@ -13,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from transformers import PreTrainedModel
 
 from ptune.engine import Engine
 from ptune.generation import GenerationOptions
@@ -139,3 +143,63 @@ def saved(folder: Path, backbone: Any, prompts: dict[str, Any]) -> tuple[str, st
     for name, prompt in prompts.items():
         prompt.save(folder / "prompts" / name)
     return str(folder / "tiny"), str(folder / "prompts")
+
+
+def engine_with_embeddings(model: PreTrainedModel, tokenizer: Any, asked: list[dict[str, Any]]) -> FastAPI:
+    """Return what vLLM is with `--enable-prompt-embeds`: completions of ids, or of the rows that stand for them.
+
+    Args:
+        model: answers, greedily.
+        tokenizer: its own.
+        asked: gets the bodies of requests.
+    """
+    app, lock = FastAPI(), threading.Lock()
+
+    @app.get("/v1/models")
+    def models() -> Any:
+        return {"object": "list", "data": [{"id": "/models/plain", "object": "model", "owned_by": "vllm"}]}
+
+    @app.post("/v1/completions")
+    def completions(body: dict[str, Any]) -> Any:
+        asked.append(body)
+        assert (body["model"], body["temperature"]) == ("/models/plain", 0)
+        if "prompt_embeds" in body:
+            inputs = {"inputs_embeds": rows_of(body)[None]}
+        else:
+            inputs = {"input_ids": torch.tensor([body["prompt"]])}
+        (length,) = {value.shape[1] for value in inputs.values()}
+        with lock:
+            said = model.generate(  # type: ignore[operator]
+                **inputs,
+                attention_mask=torch.ones(1, length, dtype=torch.long),
+                max_new_tokens=body["max_tokens"],
+                do_sample=False,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        ids = said.sequences[0, -len(said.logits) :]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        logprobs = [float(logits[0].log_softmax(-1)[id_]) for logits, id_ in zip(said.logits, ids, strict=True)]
+        told = {"tokens": [f"{id_}" for id_ in ids.tolist()], "token_logprobs": logprobs, "text_offset": []}
+        choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": told if "logprobs" in body else None}
+        usage = {"prompt_tokens": length, "completion_tokens": len(ids), "total_tokens": length + len(ids)}
+        head = {"id": "cmpl-x", "object": "text_completion", "created": 1, "model": "/models/plain"}
+        if not body.get("stream"):
+            return {**head, "choices": [choice], "usage": usage}
+
+        def events() -> Iterator[str]:
+            for part in (text[:4], text[4:]):
+                yield f"data: {json.dumps({**head, 'choices': [choice | {'text': part}]})}\n\n"
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    return app
+
+
+def rows_of(body: dict[str, Any]) -> torch.Tensor:
+    """Return the embeddings of a request, as vLLM reads them."""
+    rows: torch.Tensor = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+    return rows

@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("serve --vllm-start 5", "--vllm-start would do nothing, for it is one of the vLLM that --engine vllm starts"),
         ("serve --watch 5", "--watch would do nothing, for no folder of soft prompts is served; name one by --prompts"),
-        ("serve --upstream http://a --backbone mini", "--backbone would do nothing, for it is one of ptune's own"),
+        ("serve --upstream http://a --backbone mini", "--backbone would do nothing, for without --prompts nothing"),
         ("serve --upstream http://a --device cpu", "--device would do nothing, for it is one of ptune's own engine"),
         ("serve --upstream http://a --log-text", "--log-text would do nothing, for it is one of ptune's own engine"),
         ("serve --upstream http://a --max-batch 3", "--max-batch would do nothing, for it is one of ptune's own"),

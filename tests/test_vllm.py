@@ -1,9 +1,14 @@
-"""A merged model under a real vLLM says what ptune's engine says; run by `make test-vllm`, never by `make test`."""
+"""A real vLLM says what ptune's engine says, over a merged model and by embeddings; run by `make test-vllm`."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from ptune import Engine, GenerationOptions, merge_prompts
 from ptune.backbone import Backbone
+from ptune.config import ModelConfig
 from ptune.serve.gateway import create_gateway
 from ptune.serve.merged_tasks import MergedTasks
 from ptune.serve.vllm_process import running_vllm
+from ptune.soft_prompt import SoftPrompt
 from ptune.template import Template
 
 VLLM = os.environ.get("PTUNE_VLLM", "")
@@ -47,18 +54,27 @@ def llama(folder: Path) -> Backbone:
                 parameter.normal_(std=0.25)
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter[0] = 0
-        model.get_input_embeddings().weight[:, 0] = 2.0
+        model.get_input_embeddings().weight[:, 0] = 6.0
     model.save_pretrained(folder)
     return Backbone.load(str(folder))
 
 
+def prompt_of(backbone: Backbone, template: str, seed: int) -> SoftPrompt:
+    """Return a soft prompt whose numbers bfloat16 holds, in which `mini` is stored: merging rounds none of them."""
+    template += "{answer}"
+    made = soft_prompt(backbone, template, Template.parse(template).num_virtual_tokens, seed=seed)
+    return dataclasses.replace(made, rows=made.rows.bfloat16().float())
+
+
 @pytest.fixture(scope="module", params=["mini", "llama"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    backbone = Backbone.load("mini") if request.param == "mini" else llama(tmp_path_factory.mktemp("llama"))
+    if request.param == "mini":
+        backbone = Backbone.load(ModelConfig(name="mini", dtype="float32"))  # as vLLM runs it here
+    else:
+        backbone = llama(tmp_path_factory.mktemp("llama"))
     with Engine(backbone) as made:
         for seed, (name, template) in enumerate(TEMPLATES.items()):
-            count = Template.parse(template + "{answer}").num_virtual_tokens
-            made.add(name, soft_prompt(backbone, template + "{answer}", count, seed=seed))
+            made.add(name, prompt_of(backbone, template, seed))
         yield made
 
 
@@ -78,11 +94,14 @@ def vllm(merged: Path) -> Iterator[str]:
             yield url
 
 
+def whole(text: str) -> str:
+    """Return a text without a last character of which only a part was written: vLLM leaves it out."""
+    return text.rstrip("\ufffd")
+
+
 def by_transformers(folder: Path, task: str, text: str) -> str:
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}],
         add_generation_prompt=True,
@@ -108,15 +127,15 @@ def test_vllm_says_what_the_engine_and_transformers_say(engine: Engine, merged: 
                 extra_body={"chat_template_kwargs": {"task": task}},
             )
             said.append(answer.choices[0].message.content)
-            assert said[-1] == engine.generate(task, text, GenerationOptions(max_new_tokens=NEW)).text
-        assert said[-1] == by_transformers(merged, task, text)
+            assert said[-1] == whole(engine.generate(task, text, GenerationOptions(max_new_tokens=NEW)).text)
+        assert said[-1] == whole(by_transformers(merged, task, text))
     assert len(set(said)) > len(TEXTS)
 
 
 def test_where_no_task_is_named_the_bare_model_answers(engine: Engine, vllm: str) -> None:
     client = openai.OpenAI(base_url=f"{vllm}/v1", api_key="none", timeout=120)
     (model,) = client.models.list()
-    expected = engine.generate(None, TEXTS[0], GenerationOptions(max_new_tokens=NEW)).text
+    expected = whole(engine.generate(None, TEXTS[0], GenerationOptions(max_new_tokens=NEW)).text)
     plain = client.completions.create(model=model.id, prompt=TEXTS[0], temperature=0, max_tokens=NEW)
     assert plain.choices[0].text == expected
     messages: list[Any] = [{"role": "user", "content": TEXTS[0]}]
@@ -130,7 +149,7 @@ def test_the_gateway_has_each_task_as_a_model(engine: Engine, merged: Path, vllm
         bare = next(model.id for model in client.models.list() if model.task is None)  # type: ignore[attr-defined]
         for name in (*TEMPLATES, bare):
             task = None if name == bare else name
-            expected = engine.generate(task, TEXTS[0], GenerationOptions(max_new_tokens=NEW)).text
+            expected = whole(engine.generate(task, TEXTS[0], GenerationOptions(max_new_tokens=NEW)).text)
             assert client.completions.create(model=name, prompt=TEXTS[0], max_tokens=NEW).choices[0].text == expected
             parts = list(client.completions.create(model=name, prompt=TEXTS[0], max_tokens=NEW, stream=True))
             assert "".join(part.choices[0].text for part in parts) == expected
@@ -141,26 +160,79 @@ def test_the_gateway_has_each_task_as_a_model(engine: Engine, merged: Path, vllm
         assert "400" in answer.json()["error"]["message"]  # vLLM's own words on its limit
 
 
+@pytest.mark.parametrize("engine", ["llama"], indirect=True)
 def test_one_command_starts_vllm_and_ends_it(engine: Engine, merged: Path) -> None:
-    arguments = [f"--vllm-arg={argument}" for argument in ARGUMENTS]
-    process, url = ptune_serve(
-        "--engine", "vllm", "--merged", str(merged), "--vllm-python", VLLM, *arguments, **ENVIRONMENT
-    )
-    drained(process)
-    try:
+    with vllm_of_its_own("--merged", str(merged)) as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
         said = client.completions.create(model="both", prompt=TEXTS[1], max_tokens=NEW).choices[0].text
-        assert said == engine.generate("both", TEXTS[1], GenerationOptions(max_new_tokens=NEW)).text
+        assert said == whole(engine.generate("both", TEXTS[1], GenerationOptions(max_new_tokens=NEW)).text)
+        sessions = {session for _, parent, session in processes() if parent == process.pid}
+        assert sessions
         process.terminate()
         assert process.wait(90) == 0
-    finally:
-        process.kill()
-        process.wait()
-    assert not [file for file in Path("/proc").glob("[0-9]*/cmdline") if str(merged).encode() in _read(file)]
+        assert not sessions & {session for _, _, session in processes()}  # vLLM's engine has ended too
 
 
-def _read(path: Path) -> bytes:
+@pytest.mark.parametrize("engine", ["llama", "mini"], indirect=True)
+def test_soft_prompts_come_and_go_as_embeddings_while_vllm_runs(engine: Engine, tmp_path: Path) -> None:
+    for name, loaded in engine.prompts.items():
+        loaded.prompt.save(tmp_path / name)
+    given = ("--backbone", engine.backbone.name, "--prompts", str(tmp_path), "--watch", "0.2")
+    with vllm_of_its_own(*given) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+
+        def expected(name: str | None, text: str) -> str:
+            return whole(engine.generate(name, text, GenerationOptions(max_new_tokens=NEW)).text)
+
+        def said(name: str, text: str) -> str:
+            return client.completions.create(model=name, prompt=text, max_tokens=NEW).choices[0].text
+
+        bare = next(model.id for model in client.models.list() if model.task is None)  # type: ignore[attr-defined]
+        assert said(bare, TEXTS[0]) == expected(None, TEXTS[0])
+        for name in TEMPLATES:
+            assert [said(name, text) for text in TEXTS] == [expected(name, text) for text in TEXTS]
+            messages: list[Any] = [{"role": "user", "content": TEXTS[0]}]
+            chat = client.chat.completions.create(model=name, messages=messages, max_tokens=NEW)
+            assert chat.choices[0].message.content == expected(name, TEXTS[0])
+            events = client.chat.completions.create(model=name, messages=messages, max_tokens=NEW, stream=True)
+            assert "".join(event.choices[0].delta.content or "" for event in events) == expected(name, TEXTS[0])
+
+        new = prompt_of(engine.backbone, TEMPLATES["front"], 9)
+        engine.add("new", new)
+        text = next(text for text in TEXTS if expected("new", text) != expected("front", text))
+        before, after = expected("front", text), expected("new", text)
+        engine.remove("new")
+        new.save(tmp_path / "front")  # vLLM has the old one's beginnings in its cache
+        until = time.monotonic() + 60
+        while (now := said("front", text)) == before:
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert now == after
+
+
+@contextmanager
+def vllm_of_its_own(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run `ptune serve --engine vllm` while the block does; yield its URL and its process."""
+    arguments = [f"--vllm-arg={argument}" for argument in ARGUMENTS]
+    command = ("--engine", "vllm", "--vllm-python", VLLM, *options, *arguments)
+    process, url = ptune_serve(*command, **ENVIRONMENT)
+    drained(process)
     try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+        yield url, process
+    finally:
+        process.terminate()
+        try:
+            process.wait(90)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def processes() -> list[tuple[int, int, int]]:
+    """Return the id, the parent's id and the session of each process."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            _, parent, _, session = file.read_text().rpartition(") ")[2].split()[:4]
+            found.append((int(file.parent.name), int(parent), int(session)))
+    return found

@@ -49,9 +49,10 @@ def serve(
         Path | None,
         typer.Option(help="Merged model that engines behind --upstream serve, or its ptune_merged.json."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="ptune, or vllm to start one over --merged and serve its tasks.")] = (
-        "ptune"
-    ),
+    engine: Annotated[
+        str,
+        typer.Option(help="ptune, or vllm: started over --merged, or over --backbone, with --prompts as embeddings."),
+    ] = "ptune",
     vllm_python: Annotated[str | None, typer.Option(help="Python that has vLLM. Default: python3.")] = None,
     vllm_arg: Annotated[
         list[str] | None, typer.Option(help="Argument for vLLM, such as --tensor-parallel-size=2; more than once.")
@@ -64,50 +65,61 @@ def serve(
     if engine not in ("ptune", "vllm"):
         raise ConfigError(f'--engine is ptune or vllm, not "{engine}"')
     starts_vllm = engine == "vllm"
-    if starts_vllm and (merged is None or not merged.is_dir()):
-        raise ConfigError("--engine vllm serves a merged model: name its folder by --merged; ptune merge writes one")
-    model = {"name": backbone, "dtype": dtype, "device": device}
-    own = {"max_batch": max_batch, "prompt_memory": prompt_memory, "key_memory": key_memory}
-    limits: dict[str, Any] = {"max_body": max_body, "max_items": max_items, "max_tokens": max_tokens}
-    limits |= {"max_queue": max_queue, "deadline_seconds": deadline, "watch_seconds": watch}
     if not starts_vllm:
         why = "it is one of the vLLM that --engine vllm starts"
         refuse_unused(why, vllm_python=vllm_python, vllm_arg=vllm_arg, vllm_start=vllm_start)
-    if upstream or starts_vllm:
-        why = "it is one of ptune's own engine, which does not run here"
-        refuse_unused(why, backbone=backbone, dtype=dtype, device=device, prompts=prompts, log_text=log_text, **own)
-        from ptune.cli.gateway import serve_gateway
-
-        vllm = {"python": vllm_python or "python3", "arguments": vllm_arg or [], "start_seconds": vllm_start or 900}
-        started = vllm if starts_vllm else None
-        serve_gateway(upstream or [], merged, started, host, port, tokens_file, drain, limits)
+    where = (host, port, tokens_file, drain)
+    own = {"max_batch": max_batch, "prompt_memory": prompt_memory, "key_memory": key_memory}
+    own["log_text"] = log_text or None
+    limits: dict[str, Any] = {"max_body": max_body, "max_items": max_items, "max_tokens": max_tokens}
+    limits |= {"max_queue": max_queue, "deadline_seconds": deadline, "watch_seconds": watch}
+    if not (upstream or starts_vllm):
+        if merged is not None:
+            raise ConfigError("--merged goes with --engine vllm or --upstream; ptune's own engine serves --prompts")
+        if prompts is None:
+            why = "no folder of soft prompts is served; name one by --prompts"
+            refuse_unused(why, watch=watch, prompt_memory=prompt_memory, key_memory=key_memory)
+        _serve_here({"name": backbone, "dtype": dtype, "device": device}, prompts, where, limits | own)
         return
-    if merged is not None:
-        raise ConfigError("--merged goes with --engine vllm or --upstream; ptune's own engine serves --prompts")
+    why = "it is one of ptune's own engine, which does not run here"
+    refuse_unused(why, dtype=dtype, device=device, **own)
     if prompts is None:
-        why = "no folder of soft prompts is served; name one by --prompts"
-        refuse_unused(why, watch=watch, prompt_memory=prompt_memory, key_memory=key_memory)
-    _serve_engine(model, prompts, host, port, tokens_file, drain, limits | own | {"log_text": log_text})
+        refuse_unused("without --prompts nothing is rendered here", backbone=backbone)
+    _check_elsewhere(starts_vllm, merged, prompts)
+    from ptune.cli.gateway import serve_gateway
+
+    vllm = {"python": vllm_python or "python3", "arguments": vllm_arg or [], "start_seconds": vllm_start or 900}
+    embedded = None if prompts is None else (backbone or "mini", prompts)
+    serve_gateway(upstream or [], merged, embedded, vllm if starts_vllm else None, *where, limits)
 
 
-def _serve_engine(
+def _check_elsewhere(starts_vllm: bool, merged: Path | None, prompts: Path | None) -> None:
+    """See that others can serve what the command line names.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if starts_vllm and prompts is None and (merged is None or not merged.is_dir()):
+        raise ConfigError(
+            "--engine vllm serves a merged model: name its folder by --merged; ptune merge writes one. Or name a "
+            "folder of soft prompts by --prompts: they are sent as embeddings"
+        )
+    if merged is not None and prompts is not None:
+        raise ConfigError("a merged model has its tasks in it; give --merged or --prompts, not both")
+
+
+def _serve_here(
     model: dict[str, str | None],
     prompts: Path | None,
-    host: str,
-    port: int,
-    tokens_file: Path | None,
-    drain: int,
+    where: tuple[str, int, Path | None, int],
     limits: dict[str, Any],
 ) -> None:
-    """Serve what an engine of this process answers.
+    """Serve by ptune's own engine, in this process.
 
     Args:
         model: of `ModelConfig`; None for its defaults.
         prompts: folder of soft prompts.
-        host: to listen on.
-        port: to listen on.
-        tokens_file: bearer tokens.
-        drain: seconds that SIGTERM leaves to requests in flight.
+        where: host, port, file of bearer tokens, and seconds that SIGTERM leaves to requests in flight.
         limits: of `ServeSettings`; None for its defaults.
 
     Raises:
@@ -122,6 +134,7 @@ def _serve_engine(
     from ptune.serve.security import read_tokens
     from ptune.serve.settings import ServeSettings
 
+    host, port, tokens_file, drain = where
     settings = checked(ServeSettings, **limits)
     loading = checked(ModelConfig, **model)
     tokens = read_tokens(tokens_file)

@@ -87,16 +87,16 @@ class ModelFiles:
         if head is None or getattr(head, "weight", None) is None:
             raise BackboneError(f'the output head of "{backbone.name}" has no matrix, so no row can be added to it')
         tied = head.weight is input_matrix(model)
-        shards = _shards(folder)
+        shards = shards_of(folder)
         (head_name,) = [f"{name}.weight" for name, module in model.named_modules() if module is head]
-        names = [name for name in _names(model, input_matrix(model)) if name != head_name]
-        matrix = _stored(shards, names, model.base_model_prefix) or _alike(folder, shards, input_matrix(model))
-        stored_head = _stored(shards, [head_name], model.base_model_prefix)
+        names = [name for name in names_of(model, input_matrix(model)) if name != head_name]
+        matrix = stored_name(shards, names, model.base_model_prefix) or _alike(folder, shards, input_matrix(model))
+        stored_head = stored_name(shards, [head_name], model.base_model_prefix)
         if stored_head is None and not tied:
             stored_head = _alike(folder, shards, head.weight)
         head_name = _HEADS.get(model.config.model_type, head_name)
         bias = getattr(head, "bias", None)
-        bias_name = None if bias is None else _stored(shards, _names(model, bias), model.base_model_prefix)
+        bias_name = None if bias is None else stored_name(shards, names_of(model, bias), model.base_model_prefix)
         missing = matrix is None or (not tied and stored_head is None) or (bias is not None and bias_name is None)
         if missing or matrix is None:
             raise BackboneError(
@@ -179,7 +179,12 @@ class ModelFiles:
         return TensorFile.open(self.folder / self.shards[name])
 
 
-def _shards(folder: Path) -> dict[str, str]:
+def shards_of(folder: Path) -> dict[str, str]:
+    """Return in which file of a model's folder each tensor is stored, by the tensor's name.
+
+    Raises:
+        BackboneError: its index is none, or a file is damaged.
+    """
     if not (folder / _INDEX).is_file():
         return dict.fromkeys(TensorFile.open(folder / _SINGLE).entries, _SINGLE)
     index = read_json(folder / _INDEX, BackboneError)
@@ -190,11 +195,12 @@ def _shards(folder: Path) -> dict[str, str]:
     return shards
 
 
-def _names(model: nn.Module, parameter: Tensor) -> list[str]:
+def names_of(model: nn.Module, parameter: Tensor) -> list[str]:
+    """Return what a parameter of any shape is called in a model: more than one name where it is shared."""
     return [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
 
 
-def _stored(shards: dict[str, str], names: Iterable[str], prefix: str) -> str | None:
+def stored_name(shards: dict[str, str], names: Iterable[str], prefix: str) -> str | None:
     """Return under which of a model's names a tensor is stored: a file of the bare model lacks the prefix."""
     for name in names:
         for stored in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):

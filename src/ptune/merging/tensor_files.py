@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,14 @@ class TensorFile:
             file.seek(self.start + first)
             data = bytearray(file.read(last - first))
         return torch.frombuffer(data, dtype=FLOATS[entry["dtype"]]).reshape(entry["shape"])
+
+    def mapped(self, name: str) -> Tensor:
+        """Return a tensor of a float dtype, of the shape that the file says, whose bytes are read when looked at."""
+        entry = self.entries[name]
+        first, last = entry["data_offsets"]
+        # Copy on write: torch wants memory that it may write to, and the file stays as it is.
+        data = np.memmap(self.path, np.uint8, "c", self.start + first, (last - first,))
+        return torch.from_numpy(data).view(FLOATS[entry["dtype"]]).reshape(entry["shape"])
 
     def write_with(self, target: Path, changed: Mapping[str, Tensor]) -> None:
         """Write the file anew to ``target``, with tensors of any shape and float dtype in place of, or beside, its own.

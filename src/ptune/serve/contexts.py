@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from ptune.backbone import Backbone
+from transformers import PreTrainedTokenizerBase
+
 from ptune.conversations import Exchange
-from ptune.engine import LoadedPrompt
 from ptune.errors import did_you_mean
 from ptune.readers import Record
 from ptune.rendering import Renderer
@@ -20,6 +20,18 @@ from ptune.serve.refusals import RefusedError
 
 Message = tuple[str, str]
 """Role and text."""
+
+
+class Reads(Protocol):
+    """What is known of a backbone here, whether it is loaded or not."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+
+    @property
+    def context_limit(self) -> int | None:
+        """Positions that it has; None for no limit."""
 
 
 def record_of(renderer: Renderer, text: str, fields: Mapping[str, str]) -> dict[str, str]:
@@ -81,17 +93,15 @@ def check_length(context: Sequence[int], limit: int | None) -> None:
         )
 
 
-def completion_context(
-    backbone: Backbone, loaded: LoadedPrompt | None, text: str, fields: Mapping[str, str]
-) -> list[int]:
-    """Return the ids of a text to continue.
+def completion_context(backbone: Reads, renderer: Renderer | None, text: str, fields: Mapping[str, str]) -> list[int]:
+    """Return the ids of a text to continue, by a soft prompt's rendering or, where there is none, by the bare model.
 
     Raises:
         RefusedError: 400, it is too long or, for the bare model, empty; or fields that are not the template's.
         DataError: a field of the template is missing.
     """
-    if loaded is not None:
-        return context_of(loaded.task.renderer, record_of(loaded.task.renderer, text, fields))
+    if renderer is not None:
+        return context_of(renderer, record_of(renderer, text, fields))
     if fields:
         raise RefusedError(400, "the bare model has no template, so no fields; leave them out", param="fields")
     context = list(backbone.tokenizer(text, verbose=False)["input_ids"])
@@ -102,8 +112,8 @@ def completion_context(
 
 
 def chat_context(
-    backbone: Backbone,
-    loaded: LoadedPrompt | None,
+    backbone: Reads,
+    renderer: Renderer | None,
     messages: Sequence[Message],
     fields: Mapping[str, str],
     new_tokens: int,
@@ -115,9 +125,8 @@ def chat_context(
             chat template.
         DataError: a field of the template is missing.
     """
-    if loaded is None:
+    if renderer is None:
         return _bare_chat(backbone, messages, fields)
-    renderer = loaded.task.renderer
     instructions, turns = _in_turn(messages)
     if instructions is not None:
         if "system" not in renderer.template.fields:
@@ -150,7 +159,7 @@ def _in_turn(messages: Sequence[Message]) -> tuple[str | None, list[str]]:
     return system, [text for _, text in turns]
 
 
-def _bare_chat(backbone: Backbone, messages: Sequence[Message], fields: Mapping[str, str]) -> list[int]:
+def _bare_chat(backbone: Reads, messages: Sequence[Message], fields: Mapping[str, str]) -> list[int]:
     if fields:
         raise RefusedError(400, "the bare model has no template, so no fields; leave them out", param="fields")
     tokenizer = backbone.tokenizer

@@ -1,7 +1,7 @@
 """A gateway: the face of `ptune serve` over servers that run elsewhere, a soft prompt a model.
 
-Behind it stand either servers of ptune, or engines such as vLLM that all serve one merged model. Knows no engine of
-ptune's own, and loads no model.
+Behind it stand servers of ptune, or engines such as vLLM that all serve one merged model, or one backbone and take the
+soft prompts as embeddings. Knows no engine of ptune's own, and loads no model.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 
 from ptune import __version__
+from ptune.serve.embedded_tasks import EmbeddedTasks
 from ptune.serve.face import ERRORS, surround
-from ptune.serve.merged_tasks import MergedTasks, as_completion
+from ptune.serve.merged_tasks import MergedTasks
 from ptune.serve.metrics import GatewayMetrics
 from ptune.serve.operation import operation_routes
+from ptune.serve.posted import CHATS, COMPLETIONS, Body, Posted
 from ptune.serve.protocol import (
     ChatCompletion,
     ChatRequest,
@@ -41,14 +43,13 @@ from ptune.serve.upstreams import Upstream, Upstreams
 from ptune.serve.waiting import too_late, while_there
 
 _log = logging.getLogger(__name__)
-_CHATS, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _CLASSIFY, _TAG = "/v1/classify", "/v1/tag"
-Body = dict[str, Any]
+Tasks = MergedTasks | EmbeddedTasks
 
 
 def create_gateway(
     urls: Sequence[str],
-    merged: MergedTasks | None = None,
+    tasks: Tasks | None = None,
     settings: GatewaySettings | None = None,
     tokens: Sequence[str] = (),
     upstream_token: str | None = None,
@@ -57,18 +58,22 @@ def create_gateway(
 
     Args:
         urls: of the servers behind it.
-        merged: what they serve, where they are no servers of ptune.
+        tasks: what they are asked for, where they are no servers of ptune.
         settings: limits.
         tokens: one of them must come with each request; none asks for none.
         upstream_token: what the servers ask for.
     """
     settings, metrics = settings or GatewaySettings(), GatewayMetrics()
-    upstreams = Upstreams(list(urls), metrics, upstream_token)
-    gateway = _Gateway(upstreams, merged, settings, metrics)
+    embedded = tasks if isinstance(tasks, EmbeddedTasks) else None
+    upstreams = Upstreams(list(urls), metrics, upstream_token, None if embedded is None else embedded.hindrance)
+    gateway = _Gateway(upstreams, tasks, settings, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with upstreams.watched(settings.watch_seconds):
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(upstreams.watched(settings.watch_seconds))
+            if embedded is not None:
+                await stack.enter_async_context(embedded.watched(settings.watch_seconds))
             yield
 
     app = FastAPI(
@@ -100,12 +105,12 @@ def _routes(gateway: _Gateway) -> APIRouter:
         """Tell of one of them."""
         return gateway.model(model)
 
-    @router.post(_CHATS, response_model=ChatCompletion)
+    @router.post(CHATS, response_model=ChatCompletion)
     async def chat_completions(request: Request, body: ChatRequest) -> Any:
         """Answer the last message of a conversation."""
         return await gateway.chat(request, body)
 
-    @router.post(_COMPLETIONS, response_model=Completion)
+    @router.post(COMPLETIONS, response_model=Completion)
     async def completions(request: Request, body: CompletionRequest) -> Any:
         """Continue a text, or several: by a soft prompt's template, or with the bare model as they stand."""
         return await gateway.complete(request, body)
@@ -127,15 +132,15 @@ class _Gateway:
     """What the routes share."""
 
     def __init__(
-        self, upstreams: Upstreams, merged: MergedTasks | None, settings: GatewaySettings, metrics: GatewayMetrics
+        self, upstreams: Upstreams, tasks: Tasks | None, settings: GatewaySettings, metrics: GatewayMetrics
     ) -> None:
-        self._upstreams, self._merged, self._settings, self._metrics = upstreams, merged, settings, metrics
+        self._upstreams, self._tasks, self._settings, self._metrics = upstreams, tasks, settings, metrics
         self._started, self._in_flight = int(time.time()), 0
 
     def models(self) -> dict[str, Model]:
         """Return what is served, by name."""
-        if self._merged is not None:
-            kinds = self._merged.kinds()
+        if self._tasks is not None:
+            kinds = self._tasks.kinds()
             return {name: Model(id=name, created=self._started, task=kind) for name, kind in kinds.items()}
         listed = [entry for upstream in self._upstreams.alive for entry in upstream.models]
         return {entry["id"]: Model.model_validate(entry) for entry in listed}
@@ -155,14 +160,14 @@ class _Gateway:
 
     async def chat(self, request: Request, asked: ChatRequest) -> Any:
         self._check(asked)
-        if self._merged is None:
-            body = asked.model_dump(exclude_unset=True)
+        if self._tasks is None:
+            posted = Posted(CHATS, asked.model_dump(exclude_unset=True))
         else:
-            body = self._merged.chat(asked, self._settings.max_tokens)
+            posted = await asyncio.to_thread(self._tasks.chat, asked, self._settings.max_tokens)
         if asked.stream:
-            return await self._stream(request, asked, _CHATS, body, _as_it_is)
-        (answer,) = await self._answers(request, _CHATS, [body], asked.model)
-        return JSONResponse(self._counted(request, asked.model, answer))
+            return await self._stream(request, asked, posted)
+        (answer,) = await self._answers(request, [posted], asked.model)
+        return JSONResponse(self._counted(request, asked.model, posted.shaped(answer)))
 
     async def complete(self, request: Request, asked: CompletionRequest) -> Any:
         self._check(asked)
@@ -170,36 +175,39 @@ class _Gateway:
         if len(texts) > self._settings.max_items:
             most = self._settings.max_items
             raise RefusedError(400, f"prompt has {len(texts)} texts, and a request {most} at most", param="prompt")
-        if self._merged is None:
-            bodies, path = [asked.model_dump(exclude_unset=True)], _COMPLETIONS
+        if self._tasks is None:
+            posted = [Posted(COMPLETIONS, asked.model_dump(exclude_unset=True))]
         else:
-            bodies = [self._merged.completion(asked, text, self._settings.max_tokens) for text in texts]
-            path = _COMPLETIONS if self._merged.is_bare(asked.model) else _CHATS
+            completion, most = self._tasks.completion, self._settings.max_tokens
+            posted = [await asyncio.to_thread(completion, asked, text, most) for text in texts]
         if asked.stream:
-            if len(bodies) > 1:
+            if len(posted) > 1:
                 raise RefusedError(400, "this gateway streams one text at a time; send one", param="prompt")
-            return await self._stream(request, asked, path, bodies[0], _as_it_is if path == _COMPLETIONS else _reshaped)
-        answers = await self._answers(request, path, bodies, asked.model)
-        if self._merged is None:
+            return await self._stream(request, asked, posted[0])
+        answers = await self._answers(request, posted, asked.model)
+        if self._tasks is None:
             return JSONResponse(self._counted(request, asked.model, answers[0]))
-        reshaped = [_choice(answer, path, number) for number, answer in enumerate(answers)]
+        choices = [
+            each.shaped(answer)["choices"][0] | {"index": number}
+            for number, (each, answer) in enumerate(zip(posted, answers, strict=True))
+        ]
         usage = {
             name: sum(answer["usage"][name] for answer in answers)
             for name in ("prompt_tokens", "completion_tokens", "total_tokens")
         }
         whole = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-        return JSONResponse(self._counted(request, asked.model, {**whole, "choices": reshaped, "usage": usage}))
+        return JSONResponse(self._counted(request, asked.model, {**whole, "choices": choices, "usage": usage}))
 
     async def read(self, request: Request, path: str, asked: ClassifyRequest | TagRequest) -> Any:
         self.model(asked.model)
-        if self._merged is not None:
+        if self._tasks is not None:
             raise RefusedError(
                 400,
                 "this gateway stands before an engine that writes text and reads no labels or tags; serve "
                 "this soft prompt by ptune's own engine",
                 param="model",
             )
-        (answer,) = await self._answers(request, path, [asked.model_dump(exclude_unset=True)], asked.model)
+        (answer,) = await self._answers(request, [Posted(path, asked.model_dump(exclude_unset=True))], asked.model)
         return JSONResponse(self._counted(request, asked.model, answer))
 
     def _check(self, asked: Sampling) -> None:
@@ -209,47 +217,42 @@ class _Gateway:
         if any(number is not None and number > most for number in given):
             raise RefusedError(400, f"this server writes {most} tokens at most", param="max_tokens")
 
-    async def _answers(self, request: Request, path: str, bodies: Sequence[Body], model: str) -> list[Body]:
-        """Return the answers to bodies, in their order.
+    async def _answers(self, request: Request, posted: Sequence[Posted], model: str) -> list[Body]:
+        """Return the servers' answers, in the order of what was posted.
 
         Raises:
             RefusedError: what the servers refuse; 429, 503, 504; 499 when the client went away.
         """
-        together = asyncio.gather(*(self._answer(path, body, model) for body in bodies))
+        together = asyncio.gather(*(self._answer(each, model) for each in posted))
         with self._place():
             try:
                 return await while_there(request, asyncio.wait_for(together, self._settings.deadline_seconds))
             except asyncio.TimeoutError:
                 raise too_late(self._settings.deadline_seconds) from None
 
-    async def _answer(self, path: str, body: Body, model: str) -> Body:
-        async with self._upstreams.answer(
-            path, self._addressed(body), streamed=False, fit=self._fit(model)
-        ) as response:
+    async def _answer(self, posted: Posted, model: str) -> Body:
+        body = self._addressed(posted.body)
+        async with self._upstreams.answer(posted.path, body, streamed=False, fit=self._fit(model)) as response:
             self._see_that_it_answers(response)
             answer: Body = response.json()
             return answer
 
-    async def _stream(
-        self, request: Request, asked: Sampling, path: str, body: Body, shaped: Callable[[Body], Body]
-    ) -> StreamingResponse:
+    async def _stream(self, request: Request, asked: Sampling, posted: Posted) -> StreamingResponse:
         """Return the answer as server-sent events. What is refused before the first of them is refused by status."""
-        body |= {"stream": True, "stream_options": {"include_usage": True}}  # counted, whether told or not
-        events = self._events(request, asked, path, body, shaped)
+        options = {"stream": True, "stream_options": {"include_usage": True}}  # counted, whether told or not
+        events = self._events(request, asked, Posted(posted.path, posted.body | options, posted.shaped))
         first = await while_there(request, anext(events))
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(_chained(first, events), media_type="text/event-stream", headers=headers)
 
-    async def _events(
-        self, request: Request, asked: Sampling, path: str, body: Body, shaped: Callable[[Body], Body]
-    ) -> AsyncIterator[str]:
+    async def _events(self, request: Request, asked: Sampling, posted: Posted) -> AsyncIterator[str]:
         told = asked.stream_options is not None and asked.stream_options.include_usage
         until, begun = time.monotonic() + self._settings.deadline_seconds, False
         try:
             with self._place():
                 while True:
                     try:
-                        async for event in self._read(path, body, asked.model, until):
+                        async for event in self._read(posted, asked.model, until):
                             begun = True
                             if "error" in event:
                                 yield _line(event)
@@ -258,7 +261,7 @@ class _Gateway:
                                 self._counted(request, asked.model, event)
                                 if not told:
                                     continue
-                            yield _line(shaped(event) | {"model": asked.model})
+                            yield _line(posted.shaped(event) | {"model": asked.model})
                         break
                     except httpx.TransportError:
                         if begun:
@@ -272,7 +275,7 @@ class _Gateway:
             self._metrics.broken.inc()
             yield _line(refused.body())
 
-    async def _read(self, path: str, body: Body, model: str, until: float) -> AsyncIterator[Body]:
+    async def _read(self, posted: Posted, model: str, until: float) -> AsyncIterator[Body]:
         """Yield a stream's events.
 
         Raises:
@@ -281,7 +284,8 @@ class _Gateway:
             asyncio.TimeoutError: past the deadline.
         """
         async with contextlib.AsyncExitStack() as stack:
-            sent = self._upstreams.answer(path, self._addressed(body), streamed=True, fit=self._fit(model))
+            body = self._addressed(posted.body)
+            sent = self._upstreams.answer(posted.path, body, streamed=True, fit=self._fit(model))
             response = await asyncio.wait_for(stack.enter_async_context(sent), until - time.monotonic())
             self._see_that_it_answers(response)
             lines = aiter(response.aiter_lines())
@@ -304,12 +308,12 @@ class _Gateway:
         return RefusedError(502, "the server that wrote this answer was lost; ask again", code="upstream_lost")
 
     def _addressed(self, body: Body) -> Callable[[Upstream], Body]:
-        if self._merged is None:
+        if self._tasks is None:
             return lambda _upstream: body
         return lambda upstream: body | {"model": upstream.models[0]["id"]}
 
     def _fit(self, model: str) -> Callable[[Upstream], bool]:
-        if self._merged is not None:
+        if self._tasks is not None:
             return lambda upstream: bool(upstream.models)
         return lambda upstream: any(entry["id"] == model for entry in upstream.models)
 
@@ -359,20 +363,6 @@ class _Gateway:
         self._metrics.tokens.labels("completion").inc(wrote)
         request.state.note |= {"model": model, "prompt_tokens": read, "completion_tokens": wrote}
         return answer | {"model": model}
-
-
-def _as_it_is(event: Body) -> Body:
-    return event
-
-
-def _reshaped(event: Body) -> Body:
-    """Return an event of a chat as one of a completion."""
-    choices = [as_completion(event, 0)] if event["choices"] else []
-    return {**event, "object": "text_completion", "choices": choices}
-
-
-def _choice(answer: Body, path: str, number: int) -> Body:
-    return as_completion(answer, number) if path == _CHATS else answer["choices"][0] | {"index": number}
 
 
 def _line(event: Body) -> str:

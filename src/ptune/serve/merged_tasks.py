@@ -15,12 +15,9 @@ from typing import Any
 from ptune.errors import ConfigError, did_you_mean
 from ptune.merging.chat_template import kwarg_of
 from ptune.merging.folder import DESCRIPTION
-from ptune.sampling import GenerationOptions
+from ptune.serve.posted import CHATS, COMPLETIONS, Body, Posted, as_completion, refused_choosing, sampled
 from ptune.serve.protocol import ChatRequest, CompletionRequest, Sampling
 from ptune.serve.refusals import RefusedError, unknown_model
-
-_PASSED_ON = ("top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
-Body = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,8 @@ class MergedTasks:
         """Return the kind of task of each model by its name, None for the bare one."""
         return {self.bare: None, **{name: task["task"]["type"] for name, task in sorted(self.tasks.items())}}
 
-    def chat(self, asked: ChatRequest, most: int) -> Body:
-        """Return the body for the engine's chats.
+    def chat(self, asked: ChatRequest, most: int) -> Posted:
+        """Return what is posted for a conversation.
 
         Raises:
             RefusedError: no such model, or what a merged model has no place for.
@@ -76,10 +73,10 @@ class MergedTasks:
         body = self._body(asked, asked.max_completion_tokens or asked.max_tokens, most)
         if asked.logprobs:
             body |= {"logprobs": True, "top_logprobs": asked.top_logprobs or 0}
-        return body | {"messages": messages, **self._kwargs(asked.model, task, fields)}
+        return Posted(CHATS, body | {"messages": messages, **self._kwargs(asked.model, task, fields)})
 
-    def completion(self, asked: CompletionRequest, text: str, most: int) -> Body:
-        """Return the body for the engine's completions by the bare model, or for its chats by a soft prompt.
+    def completion(self, asked: CompletionRequest, text: str, most: int) -> Posted:
+        """Return what is posted for a text to continue: to the engine's chats where a soft prompt shall do it.
 
         Raises:
             RefusedError: as `chat` does.
@@ -89,17 +86,15 @@ class MergedTasks:
         if task is None:
             if asked.fields:
                 raise RefusedError(400, "the bare model has no template, so no fields; leave them out", param="fields")
-            return body | {"prompt": text} | ({} if asked.logprobs is None else {"logprobs": asked.logprobs})
+            told = {} if asked.logprobs is None else {"logprobs": asked.logprobs}
+            return Posted(COMPLETIONS, body | {"prompt": text} | told)
         if asked.logprobs is not None:
             raise RefusedError(
                 400, "a merged model tells log-probabilities to /v1/chat/completions alone; ask there", param="logprobs"
             )
         messages = [{"role": "user", "content": text}]
-        return body | {"messages": messages, **self._kwargs(asked.model, task, asked.fields)}
-
-    def is_bare(self, model: str) -> bool:
-        """Whether a model is the bare one."""
-        return model == self.bare
+        body |= {"messages": messages, **self._kwargs(asked.model, task, asked.fields)}
+        return Posted(CHATS, body, as_completion)
 
     def _task(self, model: str) -> Mapping[str, Any] | None:
         if model == self.bare:
@@ -108,12 +103,7 @@ class MergedTasks:
             raise unknown_model(model, [self.bare, *self.tasks])
         task = self.tasks[model]
         if task["task"]["type"] != "generation":
-            raise RefusedError(
-                400,
-                f"this soft prompt chooses among answers ({task['task']['type']}), which this gateway cannot have from "
-                "an engine that writes text; serve it by ptune's own engine",
-                param="model",
-            )
+            raise refused_choosing(task["task"]["type"])
         return task
 
     def _kwargs(self, model: str, task: Mapping[str, Any] | None, fields: Mapping[str, str]) -> Body:
@@ -149,27 +139,5 @@ class MergedTasks:
         return {"chat_template_kwargs": kwargs}
 
     def _body(self, asked: Sampling, max_tokens: int | None, most: int) -> Body:
-        if asked.no_repeat_ngram_size:
-            raise RefusedError(
-                400, "no_repeat_ngram_size is not offered by this engine; leave it out", param="no_repeat_ngram_size"
-            )
         task = self.tasks.get(asked.model)
-        usual = GenerationOptions().max_new_tokens if task is None else task["task"]["max_new_tokens"]
-        body: Body = {"max_tokens": max_tokens or min(usual, most)}
-        body |= {name: value for name in _PASSED_ON if (value := getattr(asked, name)) is not None}
-        drawn = [name for name in ("top_p", "top_k", "min_p") if name in body]
-        # Greedy unless something says otherwise, whatever the engine's own default is.
-        body["temperature"] = asked.temperature if asked.temperature is not None else 1.0 if drawn else 0.0
-        return body
-
-
-def as_completion(chat: Body, index: int) -> Body:
-    """Return the choice of a completion for an answer, or an event of one, of the engine's chats."""
-    (choice,) = chat["choices"]
-    told = choice.get("message") or choice.get("delta") or {}
-    return {
-        "index": index,
-        "text": told.get("content") or "",
-        "finish_reason": choice.get("finish_reason"),
-        "logprobs": None,
-    }
+        return sampled(asked, max_tokens, None if task is None else task["task"]["max_new_tokens"], most)

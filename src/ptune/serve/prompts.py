@@ -14,8 +14,8 @@ import itertools
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
-from ptune.backbone import Backbone
 from ptune.engine import Engine, LoadedPrompt
 from ptune.errors import ConfigError, SoftPromptError
 from ptune.library import folders_in
@@ -61,10 +61,21 @@ class _UnusableError(Exception):
         self.for_log = for_log or reason
 
 
+class Owner(Protocol):
+    """What is known here of the backbone that soft prompts belong to."""
+
+    @property
+    def name(self) -> str:
+        """As the user called it."""
+
+    def matches(self, other: dict[str, Any]) -> bool:
+        """Whether a fingerprint is this backbone's."""
+
+
 class PromptFolder:
     """The soft prompts in a folder and the folders within it, by name."""
 
-    def __init__(self, folder: Path | None, backbone: Backbone) -> None:
+    def __init__(self, folder: Path | None, backbone: Owner) -> None:
         """Read the folder; None for a server of the bare backbone alone.
 
         Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,10 @@ _PATIENCE = 3  # probes without an answer; a server under load is slow to give o
 _ELSEWHERE = (429, 502, 503)  # what another server may well answer
 
 
+Examine = Callable[[httpx.AsyncClient, str, str], Awaitable["str | None"]]
+"""Why a server cannot have what is sent, None where it can: of a client, the server's URL, and its first model."""
+
+
 @dataclass
 class Upstream:
     """A server behind the gateway.
@@ -36,6 +40,7 @@ class Upstream:
         in_flight: requests that it works on.
         models: what its ``/v1/models`` lists.
         silent: probes in a row that it did not answer in time.
+        hindrance: why it answers and yet cannot have what is sent.
     """
 
     url: str
@@ -43,15 +48,18 @@ class Upstream:
     in_flight: int = 0
     models: list[dict[str, Any]] = field(default_factory=list)
     silent: int = 0
+    hindrance: str | None = None
 
 
 class Upstreams:
     """Servers that answer alike. Belongs to the event loop."""
 
-    def __init__(self, urls: list[str], metrics: GatewayMetrics, token: str | None = None) -> None:
-        """Take URLs, and what the servers want as a bearer token."""
+    def __init__(
+        self, urls: list[str], metrics: GatewayMetrics, token: str | None = None, examine: Examine | None = None
+    ) -> None:
+        """Take URLs, what the servers want as a bearer token, and what is tried on each before it gets requests."""
         self.all = [Upstream(url.rstrip("/").removesuffix("/v1")) for url in urls]
-        self._metrics = metrics
+        self._metrics, self._examine = metrics, examine
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._client = httpx.AsyncClient(
             headers=headers,
@@ -153,14 +161,22 @@ class Upstreams:
         try:
             answer = await self._client.get(f"{upstream.url}/v1/models", timeout=_PROBE_SECONDS)
             models = answer.raise_for_status().json()["data"]
+            hindrance = None
+            if self._examine is not None and not upstream.alive:
+                hindrance = await self._examine(self._client, upstream.url, models[0]["id"])
         except httpx.TimeoutException as error:
             upstream.silent += 1
             if upstream.silent >= _PATIENCE:
                 self._lost(upstream, error)
             return
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             self._lost(upstream, error)
+            return
+        if hindrance is not None:
+            if hindrance != upstream.hindrance:
+                _log.error("a server cannot be used", extra={"upstream": upstream.url, "reason": f"it {hindrance}"})
+            upstream.hindrance = hindrance
             return
         if not upstream.alive:
             _log.info("a server answers", extra={"upstream": upstream.url})
-        upstream.alive, upstream.silent, upstream.models = True, 0, models
+        upstream.alive, upstream.silent, upstream.models, upstream.hindrance = True, 0, models, None

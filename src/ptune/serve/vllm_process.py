@@ -1,4 +1,4 @@
-"""A vLLM over a merged model, as a process of its own: started, waited for, ended. Knows nothing of requests."""
+"""A vLLM over a model folder, as a process of its own: started, waited for, ended. Knows nothing of requests."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _ENDS_WITHIN = 30.0
 
 @contextlib.contextmanager
 def running_vllm(python: str, folder: Path, arguments: Sequence[str], start_seconds: float) -> Iterator[str]:
-    """Serve a merged model while the block runs, and yield its URL when it answers.
+    """Serve a model while the block runs, and yield its URL when it answers.
 
     Its own output goes to ours.
 
     Args:
         python: of the environment that has vLLM.
-        folder: the merged model.
+        folder: the model, merged or plain.
         arguments: further ones of vLLM's.
         start_seconds: how long it may take to load.
 

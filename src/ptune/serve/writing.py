@@ -55,7 +55,7 @@ def writing_routes(service: Service) -> APIRouter:
             raise RefusedError(400, f"prompt has {len(texts)} texts, and a request {most} at most", param="prompt")
 
         def context(text: str, loaded: Any, _new_tokens: int) -> list[int]:
-            return completion_context(service.engine.backbone, loaded, text, body.fields)
+            return completion_context(service.engine.backbone, loaded and loaded.task.renderer, text, body.fields)
 
         contexts = [functools.partial(context, text) for text in texts]
         asked = _Asked(service, request, body, "/v1/completions", body.max_tokens, contexts)
@@ -80,7 +80,8 @@ def writing_routes(service: Service) -> APIRouter:
         messages = [(message.role, message.text) for message in body.messages]
 
         def context(loaded: Any, new_tokens: int) -> list[int]:
-            return chat_context(service.engine.backbone, loaded, messages, body.fields, new_tokens)
+            renderer = loaded and loaded.task.renderer
+            return chat_context(service.engine.backbone, renderer, messages, body.fields, new_tokens)
 
         max_tokens = body.max_completion_tokens or body.max_tokens
         asked = _Asked(service, request, body, "/v1/chat/completions", max_tokens, [context])
