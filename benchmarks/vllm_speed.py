@@ -4,10 +4,9 @@
 
 `make vllm` makes that Python. Two servers, started alike, take turns: one has the merged model, one the model that was
 merged into. A text stands behind the virtual tokens of its task, or behind as many words of the vocabulary: eight
-beginnings, each as long as a task's and as good for vLLM's prefix cache. The merged model is asked by its chat template
-as the gateway asks it, and with plain words as the plain model is. Texts are other ones in each round, so beginnings
-alone are found in the cache. Every answer has the same number of tokens, and vLLM counts those that it read: the
-numbers must be equal before anything is timed.
+beginnings, each as long as a task's and as good for vLLM's prefix cache. The merged model gets the ids of its chat
+template, and also plain words as the plain model does. Texts are other ones in each round, so only beginnings are found
+in the cache. Every answer has the same number of tokens, and vLLM counts those that it read: the numbers must be equal.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -27,6 +27,7 @@ import httpx
 import torch
 from engine_models import SIZES, model_of, soft_prompt, text_of, tokenizer_of
 from tables import markdown_table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ptune import merge_prompts
@@ -39,13 +40,15 @@ BLOCK = 32
 """Tokens of a block of vLLM's cache: a beginning is found there by whole blocks."""
 PLAIN, WORDS_ON_MERGED, MERGED = "plain model, plain words", "merged model, plain words", "merged model, 8 tasks"
 ARGUMENTS = ("--enforce-eager", "--dtype=float32", "--max-model-len=256", "--max-num-seqs=32", f"--block-size={BLOCK}")
-Asked = list[tuple[str, dict[str, Any]]]
+Asked = list[dict[str, Any]]
 
 
 def make_models(folder: Path, virtual_tokens: int) -> tuple[Path, Path]:
-    """Write a model, and the same with eight soft prompts merged into it; return their folders."""
+    """Return the folders of a model and of the same with eight soft prompts merged into it, written where missing."""
     disable_progress_bar()
-    plain, size = folder / "plain", SIZES["full"]
+    plain, merged, size = folder / "plain", folder / "merged", SIZES["full"]
+    if merged.is_dir():
+        return plain, merged
     model = model_of(size)
     with torch.no_grad():  # a channel that no layer writes to: final states lie to one side, as those of trained models
         for name, parameter in model.named_parameters():
@@ -56,21 +59,27 @@ def make_models(folder: Path, virtual_tokens: int) -> tuple[Path, Path]:
     tokenizer_of(size).save_pretrained(plain)
     backbone = Backbone.load(str(plain))
     prompts = {f"task{seed}": soft_prompt(backbone, virtual_tokens, seed, writes=True) for seed in range(TASKS)}
-    return plain, merge_prompts(prompts, folder / "merged", backbone=backbone).folder
+    return plain, merge_prompts(prompts, merged, backbone=backbone).folder
 
 
-def requests_of(case: str, seed: int, count: int, virtual_tokens: int) -> Asked:
-    """Return paths and bodies; the texts of a seed are the same in every case."""
+def requests_of(case: str, seed: int, count: int, tokenizer: PreTrainedTokenizerBase, virtual_tokens: int) -> Asked:
+    """Return the bodies of a case: the texts of a seed are the same in every case.
+
+    A task's ids are those of the merged model's chat template; in the other cases its virtual tokens are as many words.
+    """
     size, asked = SIZES["full"], []
     for number in range(count):
         task, text = number % TASKS, text_of(size, WORDS, seed * count + number)
-        body: dict[str, Any] = {"max_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 0}
-        if case == MERGED:
-            body |= {"messages": [{"role": "user", "content": text}], "chat_template_kwargs": {"task": f"task{task}"}}
-            asked.append(("/v1/chat/completions", body))
-        else:
-            beginning = text_of(size, virtual_tokens, -1 - task)
-            asked.append(("/v1/completions", body | {"prompt": f"{beginning} {text}"}))
+        turns = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(turns, task=f"task{task}", add_generation_prompt=True, return_dict=False)
+        virtual = [token >= size.vocabulary for token in ids]
+        if virtual != [True] * virtual_tokens + [False] * (len(ids) - virtual_tokens):
+            raise SystemExit(f"the chat template does not open with {virtual_tokens} virtual tokens")
+        if case != MERGED:
+            drawn = torch.Generator().manual_seed(task)
+            words = torch.randint(10, size.vocabulary, (virtual_tokens,), generator=drawn).tolist()
+            ids = words + ids[virtual_tokens:]
+        asked.append({"prompt": ids, "max_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 0})
     return asked
 
 
@@ -80,14 +89,14 @@ async def ask(url: str, asked: Asked, at_once: int) -> tuple[float, list[dict[st
     async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
 
-        async def one(path: str, body: dict[str, Any]) -> dict[str, int]:
+        async def one(body: dict[str, Any]) -> dict[str, int]:
             async with gate:
-                answer = await client.post(path, json=body | {"model": model})
+                answer = await client.post("/v1/completions", json=body | {"model": model})
             usage = answer.raise_for_status().json()["usage"]
             return {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
 
         begun = time.perf_counter()
-        counted = await asyncio.gather(*(one(path, body) for path, body in asked))
+        counted = await asyncio.gather(*(one(body) for body in asked))
         return time.perf_counter() - begun, counted
 
 
@@ -124,13 +133,16 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--virtual-tokens", type=int, default=BLOCK)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--vllm-arg", action="append", default=[])
+    parser.add_argument("--models", type=Path, help="Where to keep the two models; merging takes minutes.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(given)
     rates: dict[str, list[float]] = {PLAIN: [], WORDS_ON_MERGED: [], MERGED: []}
     cached = dict.fromkeys(rates, (0.0, 0.0))
     told = [*ARGUMENTS, *arguments.vllm_arg]
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # gigabytes; more than is free, and vLLM does not start
     with tempfile.TemporaryDirectory() as temporary:
-        plain, merged = make_models(Path(temporary), arguments.virtual_tokens)
+        plain, merged = make_models(arguments.models or Path(temporary), arguments.virtual_tokens)
+        tokenizer = AutoTokenizer.from_pretrained(merged)
         with (
             running_vllm(arguments.vllm_python, plain, told, 900) as plain_url,
             running_vllm(arguments.vllm_python, merged, told, 900) as merged_url,
@@ -140,7 +152,7 @@ def main(given: Sequence[str] | None = None) -> int:
                 order = list(rates)[number % 3 :] + list(rates)[: number % 3]  # none always follows the same one
                 for case in order:
                     url = plain_url if case == PLAIN else merged_url
-                    asked = requests_of(case, number, arguments.requests, arguments.virtual_tokens)
+                    asked = requests_of(case, number, arguments.requests, tokenizer, arguments.virtual_tokens)
                     before = found_in_cache(url)
                     seconds, counted = asyncio.run(ask(url, asked, arguments.at_once))
                     reads.append(counted)
