@@ -27,6 +27,7 @@ import psutil
 from engine_models import SIZES, Size, text_of
 from serving_models import CLASSIFYING, WRITING, make_folders, ptune_command, started
 
+from ptune.config import ModelConfig
 from ptune.engine import Engine
 from ptune.generation import GenerationOptions
 
@@ -57,7 +58,7 @@ class Reference:
 def references(model: Path, prompts: Path, texts: Sequence[str]) -> dict[tuple[str, str], Reference]:
     """Return the right answers by soft prompt and text."""
     found: dict[tuple[str, str], Reference] = {}
-    with Engine(str(model), prompts=prompts) as engine:
+    with Engine(ModelConfig(name=str(model), dtype="float32"), prompts=prompts) as engine:
         for name in CLASSIFYING:
             for text, answer in zip(texts, engine.classify(name, texts), strict=True):
                 found[name, text] = Reference(probabilities=answer["probabilities"])

@@ -26,6 +26,7 @@ from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, sample, tune
 
 from ptune.backbone import Backbone
+from ptune.config import ModelConfig
 from ptune.task_config import ClassificationConfig, GenerationConfig
 
 OUTPUT = Path("benchmarks/results/place.json")
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
 
     def compute(cells: Cells) -> None:
-        backbone = Backbone.load(options.model)
+        backbone = Backbone.load(ModelConfig(name=options.model, dtype="float32"))
         for name in options.tasks:
             run_task(name, backbone, cells, options)
 

@@ -55,8 +55,8 @@ def started(command: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 
 def ptune_command(model: Path, prompts: Path, *options: str) -> list[str]:
-    """Return the command of `ptune serve` on a free port."""
-    command = [sys.executable, "-m", "ptune", "serve", "--port", "0", "--backbone", str(model)]
+    """Return the command of `ptune serve` on a free port, in float32 as PEFT runs."""
+    command = [sys.executable, "-m", "ptune", "serve", "--port", "0", "--backbone", str(model), "--dtype", "float32"]
     return [*command, "--prompts", str(prompts), *options]
 
 

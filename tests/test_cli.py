@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,34 @@ def test_predict_writes_each_record_with_its_answer_in_order(classifier: Path, p
     engine = Engine.for_prompt(classifier)
     with engine:
         assert [a["label"] for a in engine.predict("classifier", given)] == [line["label"] for line in lines]
+
+
+def test_predict_answers_each_record_by_the_soft_prompt_that_a_column_names(
+    classifier: Path, answerer: Path, place: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts"
+    for folder in (classifier, answerer):
+        shutil.copytree(folder, prompts / "mine" / folder.name, ignore=shutil.ignore_patterns("run"))
+    (tmp_path / "mixed.jsonl").write_text(
+        '{"text": "quiet wonder", "task": "mine/classifier"}\n'
+        '{"text": "Sing.", "more": "", "task": "mine/answerer"}\n'
+        '{"text": "great soup", "task": "mine/classifier"}\n',
+        encoding="utf-8",
+    )
+    lines = run("predict", prompts, tmp_path / "mixed.jsonl", "--by", "task").stdout.splitlines()
+    first, second, third = map(json.loads, lines)
+    for line in (first, third):
+        (alone,) = run("predict", classifier, line["text"]).stdout.splitlines()
+        assert line["label"] == json.loads(alone)["label"]
+        assert line["probabilities"] == pytest.approx(json.loads(alone)["probabilities"], abs=1e-5)
+    assert run("generate", answerer, "Sing.").stdout == second["text"] + "\n"
+
+    (tmp_path / "unknown.jsonl").write_text('{"text": "a", "task": "clasifier"}\n', encoding="utf-8")
+    said = run("predict", prompts, tmp_path / "unknown.jsonl", "--by", "task", code=2).stderr
+    assert 'no soft prompt "clasifier"' in said
+    (tmp_path / "none.jsonl").write_text('{"text": "a", "task": "mine/classifier"}\n{"text": "b"}\n', encoding="utf-8")
+    said = run("predict", prompts, tmp_path / "none.jsonl", "--by", "task", code=2).stderr
+    assert 'line 2 names no soft prompt in its column "task"' in said
 
 
 def test_predict_takes_a_text_and_prints_one_json_line(classifier: Path) -> None:

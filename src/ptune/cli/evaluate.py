@@ -11,7 +11,7 @@ import typer
 
 from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
 from ptune.cli.unused import refuse_unused
-from ptune.errors import ConfigError
+from ptune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,8 +110,12 @@ def predict(
     field: Fields = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
     batch_size: BatchSize = 32,
+    by: Annotated[
+        str | None,
+        typer.Option(help="Column that names each record's soft prompt; PROMPT is then a folder of soft prompts."),
+    ] = None,
 ) -> None:
-    """Answer records with a soft prompt, as JSON lines in the records' order.
+    """Answer records with a soft prompt, or each with its own, as JSON lines in the records' order.
 
     DATA is a file, a folder or a Hub name (owner/name). What is none of these, nor looks like one, is a text to answer.
     A record's columns stand beside its answer; one that is called as a part of the answer is written as given_NAME.
@@ -127,15 +131,19 @@ def predict(
     records: list[Any] = []
     if is_text:
         why = f'"{data}" is no file, folder or Hub name, but a text to answer'
-        refuse_unused(why, split=split, field=field, limit=limit)
+        refuse_unused(why, split=split, field=field, limit=limit, by=by)
     else:
         _check_split(data, split)
         records = list(load_records(data, split=split or "test", fields=column_mapping(field), limit=limit))
-    with Engine.for_prompt(prompt, model, **loading(device, dtype, trust_remote_code)) as engine:
-        (name,) = engine.prompts
+    folders = {prompt.resolve().name: prompt} if by is None else _named(prompt, records, by)
+    first = next(iter(folders.values()))
+    with Engine.for_prompt(first, model, **loading(device, dtype, trust_remote_code)) as engine:
+        for name, folder in folders.items():
+            engine.offer(name, folder)
         if is_text:
             records = [engine.first_field(name, data)]
-        answers = engine.predict(name, records, batch_size=batch_size)
+        names = [str(record[by]) for record in records] if by is not None else name
+        answers = engine.predict(names, records, batch_size=batch_size)
     lines = "".join(
         json.dumps(_beside(record, answer), ensure_ascii=False, default=str) + "\n"  # a table may hold dates
         for record, answer in zip(records, answers, strict=True)
@@ -145,6 +153,28 @@ def predict(
     else:
         write_text(output, lines)
         typer.echo(f"{len(answers)} answers written to {output}", err=True)
+
+
+def _named(prompts: Path, records: Sequence[Mapping[str, Any]], column: str) -> dict[str, Path]:
+    """Return the folders of the soft prompts that a column of records names.
+
+    Raises:
+        DataError: a record names none, or there are no records.
+        SoftPromptError: there is no such soft prompt.
+    """
+    from ptune.filling import location
+    from ptune.library import Library
+
+    if not records:
+        raise DataError("there are no records to answer")
+    library = Library(prompts)
+    folders: dict[str, Path] = {}
+    for record in records:
+        if record.get(column) in (None, ""):
+            raise DataError(f'{location(record)} names no soft prompt in its column "{column}"')
+        name = str(record[column])
+        folders[name] = library.find(name)
+    return folders
 
 
 def _check_split(data: str, split: str | None) -> None:
