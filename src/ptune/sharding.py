@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -50,6 +48,9 @@ def shard_layers(model: PreTrainedModel, device: torch.device, name: str) -> Non
             f'training.shard_backbone does not know the layers of {type(model).__name__}, which "{name}" is; leave it '
             "out"
         )
+    from torch.distributed.device_mesh import init_device_mesh  # a torch that was built for one process lacks both
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in reversed(layers):  # what stands in another one before it
         fully_shard(layer, mesh=mesh)
