@@ -40,10 +40,14 @@ def precision_for(asked: str, device: torch.device, width: int) -> Precision:
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are carried out by instructions of their own: AMX or avx512_bf16 of a processor."""
+    """Whether products of bfloat16 are carried out fast: of processors, by those that have AMX.
+
+    avx512_bf16 alone promises nothing: x2 to x3 on one processor was x0.6 on another (docs/performance.md). It is not
+    measured here, for a run must end the same on a busy machine.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # no version of torch has public names for them
-    return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # torch has no public name for it
+    return bool(has_amx())
