@@ -27,7 +27,7 @@ from trials import EXAMPLES as FOLDER
 
 from ptune.assembly import read_records
 from ptune.backbone import Backbone
-from ptune.config import RunConfig
+from ptune.config import ModelConfig, RunConfig
 from ptune.config_file import load_config
 from ptune.data import Record, draw, load_records
 from ptune.engine import Engine
@@ -123,6 +123,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder per task")
     parser.add_argument("--examples", nargs="+", choices=list(DATA_OF), default=list(DATA_OF))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the frozen model")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--test-limit", type=int, default=1000, help="most records of test")
     parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
 
     def compute(cells: Cells) -> None:
-        backbone = Backbone.load("mini")
+        backbone = Backbone.load(ModelConfig(name="mini", dtype=options.dtype))
         for name in options.examples:
             text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
             settings = {"example": text, "model": backbone.identity(), "dtype": str(backbone.dtype)}
