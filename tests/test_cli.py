@@ -169,19 +169,21 @@ def test_predict_answers_each_record_by_the_soft_prompt_that_a_column_names(
     prompts = tmp_path / "prompts"
     for folder in (classifier, answerer):
         shutil.copytree(folder, prompts / "mine" / folder.name, ignore=shutil.ignore_patterns("run"))
+    shutil.copytree(answerer, prompts / "classifier", ignore=shutil.ignore_patterns("run"))  # of the same last name
     (tmp_path / "mixed.jsonl").write_text(
         '{"text": "quiet wonder", "task": "mine/classifier"}\n'
         '{"text": "Sing.", "more": "", "task": "mine/answerer"}\n'
-        '{"text": "great soup", "task": "mine/classifier"}\n',
+        '{"text": "great soup", "task": "mine/classifier"}\n'
+        '{"text": "Sing.", "more": "", "task": "classifier"}\n',
         encoding="utf-8",
     )
     lines = run("predict", prompts, tmp_path / "mixed.jsonl", "--by", "task").stdout.splitlines()
-    first, second, third = map(json.loads, lines)
+    first, second, third, fourth = map(json.loads, lines)
     for line in (first, third):
         (alone,) = run("predict", classifier, line["text"]).stdout.splitlines()
         assert line["label"] == json.loads(alone)["label"]
         assert line["probabilities"] == pytest.approx(json.loads(alone)["probabilities"], abs=1e-5)
-    assert run("generate", answerer, "Sing.").stdout == second["text"] + "\n"
+    assert run("generate", answerer, "Sing.").stdout == second["text"] + "\n" == fourth["text"] + "\n"
 
     (tmp_path / "unknown.jsonl").write_text('{"text": "a", "task": "clasifier"}\n', encoding="utf-8")
     said = run("predict", prompts, tmp_path / "unknown.jsonl", "--by", "task", code=2).stderr

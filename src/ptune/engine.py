@@ -85,12 +85,15 @@ class Engine:
         self._writing = SharedWriting(self.backbone, self._thread, self._tokens.lock)
 
     @classmethod
-    def for_prompt(cls, folder: str | Path, model: ModelConfig | str | None = None, **loading: Any) -> Engine:
-        """Load a soft prompt, under the name of its folder, with the backbone that it names or another copy of it.
+    def for_prompt(
+        cls, folder: str | Path, model: ModelConfig | str | None = None, *, name: str | None = None, **loading: Any
+    ) -> Engine:
+        """Load a soft prompt, with the backbone that it names or another copy of it.
 
         Args:
             folder: the soft prompt's.
             model: another copy of its backbone; the one that it names, of the revision it was trained on, where absent.
+            name: of the soft prompt in the engine; that of its folder where absent.
             loading: fields of `ModelConfig` beside the name, as ``device`` and ``dtype``.
 
         Raises:
@@ -103,7 +106,7 @@ class Engine:
         if not isinstance(model, ModelConfig):
             model = ModelConfig(name=model or prompt.backbone_name)
         engine = cls(ModelConfig.model_validate(model.model_dump() | loading))
-        engine.add(Path(folder).resolve().name, prompt)
+        engine.add(name or Path(folder).resolve().name, prompt)
         return engine
 
     @property

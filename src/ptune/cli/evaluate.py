@@ -136,13 +136,13 @@ def predict(
         _check_split(data, split)
         records = list(load_records(data, split=split or "test", fields=column_mapping(field), limit=limit))
     folders = {prompt.resolve().name: prompt} if by is None else _named(prompt, records, by)
-    first = next(iter(folders.values()))
-    with Engine.for_prompt(first, model, **loading(device, dtype, trust_remote_code)) as engine:
-        for name, folder in folders.items():
-            engine.offer(name, folder)
+    first, *others = folders
+    with Engine.for_prompt(folders[first], model, name=first, **loading(device, dtype, trust_remote_code)) as engine:
+        for other in others:
+            engine.offer(other, folders[other])
         if is_text:
-            records = [engine.first_field(name, data)]
-        names = [str(record[by]) for record in records] if by is not None else name
+            records = [engine.first_field(first, data)]
+        names = first if by is None else [str(record[by]) for record in records]
         answers = engine.predict(names, records, batch_size=batch_size)
     lines = "".join(
         json.dumps(_beside(record, answer), ensure_ascii=False, default=str) + "\n"  # a table may hold dates
