@@ -35,6 +35,7 @@ from ptune.reporting import Reporter
 from ptune.run_folder import RunFolder
 from ptune.soft_prompt import SoftPrompt
 from ptune.stopping import Stopped, stop_signal
+from ptune.tasks import Example
 
 
 def train(
@@ -180,11 +181,14 @@ class _Run:
         window = self.schedule.window(step)  # one list of examples for each forward of this step, over all processes
         weight = self.learner.weight(window)
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        # a process left without a batch goes along with weight 0
-        all_of_them = [self.learner.forwards(window[one::processes] or [window[0]]) for one in range(processes)]
-        mine, own = all_of_them[rank], 0 if rank >= len(window) else len(all_of_them[rank])
+
+        def forwards_of(process: int) -> list[list[Example]]:
+            return self.learner.forwards(window[process::processes] or [window[0]])
+
+        mine = forwards_of(rank)
+        own = 0 if rank >= len(window) else len(mine)  # a process left without a batch goes along with weight 0
         if self.prompted.backbone.sharded:  # and one that has fewer, for layers are gathered by all at once
-            mine = mine + mine[:1] * (max(map(len, all_of_them)) - len(mine))
+            mine += mine[:1] * (max(len(forwards_of(one)) for one in range(processes)) - len(mine))
         total = torch.zeros((), device=self.accelerator.device)
         for number, examples in enumerate(mine, 1):
             share = 1.0 if number <= own else 0.0
