@@ -5,6 +5,7 @@ Knows nothing of what is measured.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -66,6 +67,20 @@ class Cells:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.content)
         print(f"{task} {name}: {json.dumps(result)[:200]}", file=sys.stderr, flush=True)
+
+
+def parser_of(document: str | None, output: Path) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark with stored results takes: data, file of results, whether to compute.
+
+    Args:
+        document: the script's docstring; its first line says what it is.
+        output: the file of results where none is named.
+    """
+    parser = argparse.ArgumentParser(description=(document or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder per task")
+    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
+    return parser
 
 
 def tell(output: Path, compute: Callable[[Cells], None] | None, markdown: Callable[[Mapping[str, Any]], str]) -> int:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cells, tell
+from cells import Cells, parser_of, tell
 from tables import markdown_table
 from tasks_table import EXAMPLES as BY_HAND
 from trials import EXAMPLES as FOLDER
@@ -120,13 +120,10 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder per task")
+    parser = parser_of(__doc__, OUTPUT)
     parser.add_argument("--examples", nargs="+", choices=list(DATA_OF), default=list(DATA_OF))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the frozen model")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--test-limit", type=int, default=1000, help="most records of test")
-    parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
     return parser.parse_args(arguments)
 
 

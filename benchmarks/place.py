@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cells, tell
+from cells import Cells, parser_of, tell
 from quality_tasks import TASKS
 from tables import markdown_table, of_seeds, percent
-from trials import Trial, TrialTask, sample, tune
+from trials import Trial, TrialTask, add_limits, sample, tune
 
 from ptune.backbone import Backbone
 from ptune.config import ModelConfig
@@ -89,17 +89,12 @@ def _loss(values: list[float]) -> str:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder per task")
+    parser = parser_of(__doc__, OUTPUT)
     parser.add_argument("--model", default="mini", help="mini, a folder or a Hub name")
     parser.add_argument("--tasks", nargs="+", choices=TEMPLATES, default=list(TEMPLATES))
-    parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--max-length", type=int, default=64, help="text tokens; twice that of instructions")
-    parser.add_argument("--train-limit", type=int, default=500, help="most records of train")
-    parser.add_argument("--dev-limit", type=int, default=200, help="most records of dev")
-    parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
+    add_limits(parser, "text tokens; twice that of instructions", train=500, dev=200)
     return parser.parse_args(arguments)
 
 

@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cells, tell
+from cells import Cells, parser_of, tell
 from defaults import NAMES, task_of
 from tables import markdown_table, of_seeds, percent
-from trials import Trial, TrialTask, accuracy_on, tune
+from trials import Trial, TrialTask, accuracy_on, add_limits, tune
 
 from ptune.backbone import Backbone
 from ptune.candidates import SearchConfig
@@ -113,17 +113,12 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder per task")
+    parser = parser_of(__doc__, OUTPUT)
     parser.add_argument("--model", default="mini", help="mini, a folder or a Hub name")
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3, help="repeats, each under seeds of its own")
-    parser.add_argument("--max-length", type=int, default=64, help="text tokens of a record")
-    for part, most in {"train": 500, "dev": 200, "test": 500}.items():
-        parser.add_argument(f"--{part}-limit", type=int, default=most, help=f"most records of {part}")
-    parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
+    add_limits(parser, train=500, dev=200, test=500)
     return parser.parse_args(arguments)
 
 

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cells, tell
+from cells import Cells, parser_of, tell
 from quality_tasks import TASKS
 from tables import markdown_table, of_seeds, percent
-from trials import Trial, TrialTask, sample, tune
+from trials import Trial, TrialTask, add_limits, sample, tune
 
 from ptune.backbone import Backbone
 from ptune.config import ModelConfig
@@ -91,17 +91,12 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder per task")
+    parser = parser_of(__doc__, OUTPUT)
     parser.add_argument("--model", default="mini", help="mini, a folder or a Hub name")
     parser.add_argument("--pairs", nargs="+", choices=[target for _, target in PAIRS], help="by their targets")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--source-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-length", type=int, default=64, help="text tokens of a record")
-    for part, most in {"train": 500, "dev": 100, "test": 400}.items():
-        parser.add_argument(f"--{part}-limit", type=int, default=most, help=f"most records of {part}")
-    parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
+    add_limits(parser, train=500, dev=100, test=400)
     return parser.parse_args(arguments)
 
 

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import Cells, tell
+from cells import Cells, parser_of, tell
 from peft_peer import PeftPeer, accuracy, train_peer
 from quality_tasks import TASKS as QUALITY_TASKS
 from tables import markdown_table, of_seeds, percent
-from trials import Trial, TrialTask, Tuned, tune
+from trials import Trial, TrialTask, Tuned, add_limits, tune
 
 from ptune.backbone import Backbone
 from ptune.config import ModelConfig
@@ -142,17 +142,12 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with one folder per task")
+    parser = parser_of(__doc__, OUTPUT)
     parser.add_argument("--backbones", nargs="+", default=["mini"], help="mini, NAME=FOLDER or a Hub name")
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2, help="runs of each tuned column")
-    parser.add_argument("--max-length", type=int, default=64, help="text tokens of a record")
-    for part, most in {"train": 500, "dev": 100, "test": 300}.items():
-        parser.add_argument(f"--{part}-limit", type=int, default=most, help=f"most records of {part}")
-    parser.add_argument("--markdown", action="store_true", help="compute nothing, print what is stored")
+    add_limits(parser, train=500, dev=100, test=300)
     return parser.parse_args(arguments)
 
 

@@ -5,6 +5,7 @@ Knows nothing of tables. Records of each part are drawn once, with one fixed see
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,19 @@ class TrialTask:
 def sample(folder: Path, limits: Mapping[str, int], fields: Mapping[str, str] | None = None) -> dict[str, list[Record]]:
     """Return up to so many records of each part."""
     return {part: draw(load_records(folder, split=part, fields=fields), limits[part]) for part in PARTS}
+
+
+def add_limits(parser: argparse.ArgumentParser, cut: str = "text tokens of a record", **most: int) -> None:
+    """Let a parser take how many text tokens a record keeps, and the most records of parts.
+
+    Args:
+        parser: of a benchmark.
+        cut: what is said of the tokens.
+        most: records of each part where nothing is said.
+    """
+    parser.add_argument("--max-length", type=int, default=64, help=cut)
+    for part, count in most.items():
+        parser.add_argument(f"--{part}-limit", type=int, default=count, help=f"most records of {part}")
 
 
 @dataclass(frozen=True)
