@@ -29,11 +29,11 @@ from quality_tasks import TASKS
 from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, accuracy_on, add_limits, tune
 
-from ptune.backbone import Backbone
-from ptune.candidates import SearchConfig
-from ptune.config import ModelConfig
-from ptune.searching import search
-from ptune.task_config import ClassificationConfig
+from ptune.config.candidates import SearchConfig
+from ptune.config.run import ModelConfig
+from ptune.config.task import ClassificationConfig
+from ptune.models.backbone import Backbone
+from ptune.training.search import search
 
 NAMES = ("sst2", "trec", "shopping_zh")
 RATE = Trial(1).rate

@@ -5,7 +5,7 @@
 Random models, both dtypes in turns in one process: a training step of both jobs of `train_speed.py` with ten virtual
 tokens in front, and behind texts that are kept; the same rows scored as an engine does; texts of 32 tokens written by
 an engine, one and eight at once. Printed are float32's seconds over bfloat16's: above 1, bfloat16 is faster. The
-default of ``model.dtype`` follows this table (`ptune.precision`).
+default of ``model.dtype`` follows this table (`ptune.pretrained.precision`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tables import markdown_table
 from timing import interleaved, ratio
 from train_speed import Ours, Shape, row, rows_of
 
-from ptune.backbone import Backbone
-from ptune.batch import collate
-from ptune.generation import GenerationOptions, generate
+from ptune.generation.generate import GenerationOptions, generate
+from ptune.models.backbone import Backbone
+from ptune.rendering.batch import collate
 
 SHAPES = {
     width: Shape(width, layers, heads)

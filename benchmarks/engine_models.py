@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from ptune.backbone import Backbone
-from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import ClassificationConfig, GenerationConfig
+from ptune.config.task import ClassificationConfig, GenerationConfig
+from ptune.models.backbone import Backbone
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 LABELS = {"first": " w5", "second": " w6", "third": " w7"}
 MOST_NEW_TOKENS = 64

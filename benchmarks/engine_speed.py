@@ -25,10 +25,10 @@ from engine_models import LABELS, SIZES, Size, model_of, soft_prompt, text_of, t
 from peft import PromptEncoderConfig, TaskType, get_peft_model
 from timing import interleaved, ratio
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED, Row, collate
-from ptune.engine import Engine
-from ptune.generation import GenerationOptions, generate
+from ptune.engine.engine import Engine
+from ptune.generation.generate import GenerationOptions, generate
+from ptune.models.backbone import Backbone
+from ptune.rendering.batch import IGNORED, Row, collate
 
 TASKS, TEXT, MOST_NEW = 8, 32, 64
 Cases = dict[str, Callable[[], object]]

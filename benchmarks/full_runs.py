@@ -25,16 +25,16 @@ from tables import markdown_table
 from tasks_table import EXAMPLES as BY_HAND
 from trials import EXAMPLES as FOLDER
 
-from ptune.assembly import read_records
-from ptune.backbone import Backbone
-from ptune.config import ModelConfig, RunConfig
-from ptune.config_file import load_config
-from ptune.data import Record, draw, load_records
-from ptune.engine import Engine
-from ptune.task_config import LinearClassificationConfig, TaggingConfig
+from ptune.config.file import load_config
+from ptune.config.run import ModelConfig, RunConfig
+from ptune.config.task import LinearClassificationConfig, TaggingConfig
+from ptune.engine.engine import Engine
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record, draw, load_records
 from ptune.tasks import completed, task_for
 from ptune.template import Template
-from ptune.training import train
+from ptune.training.assembly import read_records
+from ptune.training.train import train
 
 OUTPUT = Path("benchmarks/results/full_runs.json")
 DATA_OF = {

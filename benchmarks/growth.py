@@ -36,12 +36,12 @@ from timing import interleaved
 from train_speed import SHAPES, SMALL, Ours, Peft, Shape, row
 from transformers import PreTrainedModel
 
-from ptune.backbone import Backbone
-from ptune.batch import collate
-from ptune.context_cache import ContextCache
-from ptune.precision import precision_for
-from ptune.side_by_side import answer_side_by_side
+from ptune.models.backbone import Backbone
+from ptune.plans.context_cache import ContextCache
+from ptune.pretrained.precision import precision_for
+from ptune.rendering.batch import collate
 from ptune.tasks import Asked
+from ptune.tasks.side_by_side import answer_side_by_side
 
 OUTPUT, PICTURE = Path("benchmarks/results/growth.json"), Path("docs/growth.svg")
 Rows = list[tuple[list[int], int]]

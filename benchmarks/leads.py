@@ -1,7 +1,7 @@
 """Prompt encoders that papers propose and ptune does not offer, for `defaults.py` to hold against ptune's own.
 
-Each takes what `ptune.encoder.build_encoder` takes, and gives the virtual tokens ``[P, H]``. Shapes: P virtual tokens,
-H width, B width of a bottleneck, K rows that are mixed.
+Each takes what `ptune.prompts.encoder.build_encoder` takes, and gives the virtual tokens ``[P, H]``. Shapes: P virtual
+tokens, H width, B width of a bottleneck, K rows that are mixed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ptune.backbone import Backbone
-from ptune.config import EncoderConfig, StartConfig
-from ptune.encoder import build_encoder, power_of_two_near_rms
-from ptune.initial_rows import initial_rows
+from ptune.config.run import EncoderConfig, StartConfig
+from ptune.models.backbone import Backbone
+from ptune.prompts.encoder import build_encoder, power_of_two_near_rms
+from ptune.prompts.initial_rows import initial_rows
 
 _BOTTLENECK = 64
 _MIXED = 128
@@ -26,7 +26,7 @@ _NOISE = 0.1
 
 
 class Built(Protocol):
-    """What `ptune.encoder.build_encoder` is: gives an encoder at its start."""
+    """What `ptune.prompts.encoder.build_encoder` is: gives an encoder at its start."""
 
     def __call__(self, config: EncoderConfig, initial: Tensor, seed: int) -> nn.Module:
         """Return the encoder of these initial rows ``[P, H]``."""
@@ -134,5 +134,5 @@ def built_by(name: str, backbone: Backbone) -> Built:
 @contextmanager
 def in_place_of_the_encoder(built: Built) -> Iterator[None]:
     """Have every run that begins in the block train this encoder."""
-    with mock.patch("ptune.assembly.build_encoder", built):
+    with mock.patch("ptune.training.assembly.build_encoder", built):
         yield

@@ -27,9 +27,9 @@ import psutil
 from engine_models import SIZES, Size, text_of
 from serving_models import CLASSIFYING, WRITING, make_folders, ptune_command, started
 
-from ptune.config import ModelConfig
-from ptune.engine import Engine
-from ptune.generation import GenerationOptions
+from ptune.config.run import ModelConfig
+from ptune.engine.engine import Engine
+from ptune.generation.generate import GenerationOptions
 
 TEXTS, NEW_TOKENS, TIE, TOLERANCE = 40, 8, 1e-4, 1e-5
 GONE, WRONG, STREAMED = 0.03, 0.03, 0.2

@@ -36,13 +36,13 @@ import torch
 import transformers
 from published import options, tell
 
-from ptune.backbone import Backbone
-from ptune.config import RunConfig, TrainingConfig
-from ptune.data import Record
-from ptune.engine import Engine
+from ptune.config.run import RunConfig, TrainingConfig
+from ptune.engine.engine import Engine
 from ptune.errors import DataError
-from ptune.readers import read_records
-from ptune.training import train
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record
+from ptune.records.readers import read_records
+from ptune.training.train import train
 
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:{answer}"
 MOST_CHARACTERS, MOST_TOKENS, NEW_TOKENS, HELD_OUT = 1300, 768, 300, 50

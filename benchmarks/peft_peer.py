@@ -20,11 +20,11 @@ import torch
 from peft import PromptEncoderConfig, TaskType, get_peft_model
 from torch import Tensor
 
-from ptune.backbone import Backbone
-from ptune.batch import Batch, Row, collate
-from ptune.config import TrainingConfig
-from ptune.step_plan import StepPlan
+from ptune.config.run import TrainingConfig
+from ptune.models.backbone import Backbone
+from ptune.rendering.batch import Batch, Row, collate
 from ptune.tasks import Classification
+from ptune.training.step_plan import StepPlan
 
 
 class PeftPeer:

@@ -25,9 +25,9 @@ from quality_tasks import TASKS
 from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, add_limits, sample, tune
 
-from ptune.backbone import Backbone
-from ptune.config import ModelConfig
-from ptune.task_config import ClassificationConfig, GenerationConfig
+from ptune.config.run import ModelConfig
+from ptune.config.task import ClassificationConfig, GenerationConfig
+from ptune.models.backbone import Backbone
 
 OUTPUT = Path("benchmarks/results/place.json")
 PLACES = ("in front", "behind", "both")

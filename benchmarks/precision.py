@@ -24,8 +24,8 @@ from defaults import NAMES, RATE, task_of
 from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, add_limits, answers_on, right_answers, share_of_same, tune
 
-from ptune.backbone import Backbone
-from ptune.config import ModelConfig
+from ptune.config.run import ModelConfig
+from ptune.models.backbone import Backbone
 
 PRECISIONS: dict[str, dict[str, str]] = {
     "float32": {"dtype": "float32"},

@@ -26,12 +26,12 @@ from typing import Any
 
 from published import options, tell
 
-from ptune.backbone import Backbone
-from ptune.config import RunConfig
-from ptune.data import Record, load_records
-from ptune.engine import Engine
+from ptune.config.run import RunConfig
+from ptune.engine.engine import Engine
 from ptune.errors import DataError
-from ptune.training import train
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record, load_records
+from ptune.training.train import train
 
 SOURCE = "Liu et al. 2022, P-Tuning v2, RoBERTa-large"
 TAGS = ("O", *(f"{place}-{kind}" for kind in ("PER", "ORG", "LOC", "MISC") for place in "BI"))

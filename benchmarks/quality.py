@@ -29,18 +29,18 @@ from cells import Cells
 from peft_peer import PeftPeer, accuracy, train_peer
 from quality_tasks import TASKS, QualityTask
 
-from ptune.assembly import Parts
-from ptune.backbone import Backbone
-from ptune.config import ModelConfig, RunConfig, TrainingConfig
-from ptune.data import Record, draw_shots
-from ptune.engine import Engine
+from ptune.config.run import ModelConfig, RunConfig, TrainingConfig
+from ptune.config.task import ClassificationConfig
+from ptune.engine.engine import Engine
 from ptune.errors import PtuneError
-from ptune.reporting import Reporter
-from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import ClassificationConfig
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record, draw_shots
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import task_for
 from ptune.template import Template
-from ptune.training import train
+from ptune.training.assembly import Parts
+from ptune.training.reporting import Reporter
+from ptune.training.train import train
 
 RATES = (1e-3, 3e-3, 1e-2)
 """The learning rates from which each row's is chosen, the same for all."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptune.data import Record, load_records
+from ptune.records.data import Record, load_records
 
 _SAMPLE_SEED = 0
 

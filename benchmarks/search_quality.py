@@ -27,10 +27,10 @@ from defaults import NAMES, task_of
 from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, accuracy_on, add_limits, tune
 
-from ptune.backbone import Backbone
-from ptune.candidates import SearchConfig
-from ptune.config import ModelConfig
-from ptune.searching import search
+from ptune.config.candidates import SearchConfig
+from ptune.config.run import ModelConfig
+from ptune.models.backbone import Backbone
+from ptune.training.search import search
 
 VARY: dict[str, tuple[Any, ...]] = {
     "training.learning_rate": (0.002, 0.005, 0.01, 0.02),

@@ -29,13 +29,14 @@ import transformers
 from train_speed import SMALL, VOCABULARY
 from transformers import AutoTokenizer
 
-from ptune.backbone import MINI, Backbone
-from ptune.candidates import SearchConfig, candidates_of, load_search, parse_vary
-from ptune.config import ModelConfig, RunConfig
-from ptune.config_file import parse_overrides
-from ptune.reporting import Reporter, SearchReporter
-from ptune.searching import search
-from ptune.training import train
+from ptune.config.candidates import SearchConfig, candidates_of, load_search, parse_vary
+from ptune.config.file import parse_overrides
+from ptune.config.run import ModelConfig, RunConfig
+from ptune.models.backbone import Backbone
+from ptune.pretrained.loading import MINI
+from ptune.training.reporting import Reporter, SearchReporter
+from ptune.training.search import search
+from ptune.training.train import train
 
 TEMPLATES = {"behind": "{text}[P*10]{answer}", "in front": "[P*10]{text}{answer}"}
 LABELS = {"positive": " good", "negative": " bad"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from engine_models import Size, save_model, soft_prompt
 from transformers.utils.logging import disable_progress_bar
 
-from ptune.backbone import Backbone
+from ptune.models.backbone import Backbone
 
 CLASSIFYING = tuple(f"label{number}" for number in range(4))
 WRITING = tuple(f"write{number}" for number in range(4))

@@ -22,9 +22,9 @@ from quality_tasks import TASKS
 from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, add_limits, sample, tune
 
-from ptune.backbone import Backbone
-from ptune.config import ModelConfig
-from ptune.task_config import ClassificationConfig
+from ptune.config.run import ModelConfig
+from ptune.config.task import ClassificationConfig
+from ptune.models.backbone import Backbone
 
 PAIRS = (("trec", "clinc150"), ("shopping_zh", "waimai_zh"), ("imdb", "sst2"))
 """Source and target; not mr and sst2, whose sentences come from one source."""

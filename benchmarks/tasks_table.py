@@ -23,10 +23,10 @@ from quality_tasks import TASKS as QUALITY_TASKS
 from tables import markdown_table, of_seeds, percent
 from trials import Trial, TrialTask, Tuned, add_limits, tune
 
-from ptune.backbone import Backbone
-from ptune.config import ModelConfig
+from ptune.config.run import ModelConfig
+from ptune.config.task import ClassificationConfig
 from ptune.families import CAUSAL
-from ptune.task_config import ClassificationConfig
+from ptune.models.backbone import Backbone
 from ptune.template import Template
 
 RATES = (3e-3, 1e-2)

@@ -32,11 +32,11 @@ from timing import interleaved, ratio
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, Qwen2Config
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED, Row, collate
-from ptune.context_cache import ContextCache
-from ptune.encoder import PromptEncoder
-from ptune.prompted_model import PromptedModel
+from ptune.models.backbone import Backbone
+from ptune.models.prompted_model import PromptedModel
+from ptune.plans.context_cache import ContextCache
+from ptune.prompts.encoder import PromptEncoder
+from ptune.rendering.batch import IGNORED, Row, collate
 
 ENCODER_HIDDEN = 1024
 VOCABULARY = 46145

@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptune.backbone import Backbone
-from ptune.config import RunConfig, TrainingConfig
-from ptune.config_file import load_config
-from ptune.data import Record, draw, load_records
-from ptune.engine import Engine
-from ptune.settings import Settings
-from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import ClassificationConfig
+from ptune.config.file import load_config
+from ptune.config.run import RunConfig, TrainingConfig
+from ptune.config.settings import Settings
+from ptune.config.task import ClassificationConfig
+from ptune.engine.engine import Engine
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record, draw, load_records
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Task, task_for
 from ptune.template import Template
-from ptune.training import train
+from ptune.training.train import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PARTS = ("train", "dev", "test")

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from ptune import merge_prompts
-from ptune.backbone import Backbone
+from ptune.models.backbone import Backbone
 from ptune.serve.vllm_process import running_vllm
 
 TASKS = 8

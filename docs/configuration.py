@@ -9,9 +9,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ptune.candidates import SearchConfig
-from ptune.config import DataConfig, EncoderConfig, ModelConfig, PromptConfig, RunConfig, StartConfig, TrainingConfig
-from ptune.task_config import TASK_CONFIGS
+from ptune.config.candidates import SearchConfig
+from ptune.config.run import (
+    DataConfig,
+    EncoderConfig,
+    ModelConfig,
+    PromptConfig,
+    RunConfig,
+    StartConfig,
+    TrainingConfig,
+)
+from ptune.config.task import TASK_CONFIGS
 
 PAGE = Path(__file__).with_suffix(".md")
 
@@ -33,7 +41,7 @@ must be given. On the command line each goes by its name: `--training.learning_r
 where the last part is unique. A name that does not exist is refused with the nearest right one, and all mistakes are
 reported at once.
 
-Made from `src/ptune/config.py`, `src/ptune/task_config.py` and `src/ptune/candidates.py`.
+Made from `src/ptune/config/run.py`, `src/ptune/config/task.py` and `src/ptune/config/candidates.py`.
 """
 
 REASONS = """

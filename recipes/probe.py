@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ptune.backbone import MINI
 from ptune.families import MASKED, kind_of
 from ptune.files import write_json
+from ptune.pretrained.loading import MINI
 
 PROBED = ("sst2", "imdb", "shopping_zh", "trec")
 STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # values of scikit-learn's C, the smallest the most regularised

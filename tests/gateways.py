@@ -21,8 +21,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from transformers import PreTrainedModel
 
-from ptune.engine import Engine
-from ptune.generation import GenerationOptions
+from ptune.engine.engine import Engine
+from ptune.generation.generate import GenerationOptions
 
 
 @contextmanager

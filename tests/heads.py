@@ -8,9 +8,9 @@ from typing import Any
 
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
-from ptune.config import RunConfig
-from ptune.data import Record
+from ptune.config.run import RunConfig
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 LABELS = ("bad", "fair", "good")

@@ -9,9 +9,9 @@ import torch
 from tiny_models import FAMILIES, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ptune.backbone import Backbone
-from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import ClassificationConfig, GenerationConfig
+from ptune.config.task import ClassificationConfig, GenerationConfig
+from ptune.models.backbone import Backbone
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 TOKENS = len(tiny_tokenizer())
 """Of the tokenizer: a matrix may be exactly as long, or longer."""

@@ -17,13 +17,7 @@ import uvicorn
 from soft_prompts import make
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
-from ptune.engine import Engine
-from ptune.linear_head import LinearHead
-from ptune.serve.app import create_app
-from ptune.serve.settings import ServeSettings
-from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import (
+from ptune.config.task import (
     ChoiceConfig,
     ClassificationConfig,
     ExtractionConfig,
@@ -31,6 +25,12 @@ from ptune.task_config import (
     LinearClassificationConfig,
     TaggingConfig,
 )
+from ptune.engine.engine import Engine
+from ptune.models.backbone import Backbone
+from ptune.prompts.linear_head import LinearHead
+from ptune.serve.app import create_app
+from ptune.serve.settings import ServeSettings
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 
 def tiny_backbone() -> Backbone:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ptune.backbone import Backbone
-from ptune.config import EncoderConfig
-from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import ClassificationConfig
+from ptune.config.run import EncoderConfig
+from ptune.config.task import ClassificationConfig
+from ptune.models.backbone import Backbone
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 TEMPLATE = "[P*4]Review: {text}\nVerdict:{answer}"
 TASK = ClassificationConfig(verbalizer={"good": " great", "bad": " terrible"})

@@ -11,11 +11,11 @@ import torch
 from tiny_models import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED
-from ptune.config import ModelConfig
+from ptune.config.run import ModelConfig
 from ptune.errors import BackboneError
-from ptune.losses import next_token_labels
+from ptune.models.backbone import Backbone
+from ptune.pretrained.losses import next_token_labels
+from ptune.rendering.batch import IGNORED
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])

@@ -19,8 +19,8 @@ import soft_prompts
 import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
 from ptune.cli import main
+from ptune.models.backbone import Backbone
 
 RECORDS = [
     {"text": f"{word} is {'great' if number % 2 else 'terrible'}", "label": "good" if number % 2 else "bad"}

@@ -130,7 +130,7 @@ def test_entities_that_stand_in_the_text_are_trained_on_and_asked_for_again_at_p
 
 @pytest.mark.parametrize("name", ["boolq", "cb", "rte", "wic", "wsc"])
 def test_examples_of_pairs_set_each_text_by_a_field_of_its_own(name: str) -> None:
-    from ptune.config_file import load_config
+    from ptune.config.file import load_config
     from ptune.template import Template
 
     file = Path(__file__).parents[1] / "examples" / f"fewglue_{name}.yaml"

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptune.batch import IGNORED, Batch, collate, length_grouped_batches, within_budget
+from ptune.rendering.batch import IGNORED, Batch, collate, length_grouped_batches, within_budget
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def test_padding_stands_at_the_right_unless_asked_otherwise() -> None:
 
 
 def test_what_a_batch_ignores_is_what_rows_ignore_and_what_cross_entropy_ignores() -> None:
-    from ptune.rendering import IGNORED as IGNORED_BY_ROWS
+    from ptune.rendering.renderer import IGNORED as IGNORED_BY_ROWS
 
     assert IGNORED == IGNORED_BY_ROWS == torch.nn.CrossEntropyLoss().ignore_index
 

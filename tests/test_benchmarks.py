@@ -164,7 +164,7 @@ def test_results_of_other_settings_are_not_mixed_in(
 
 
 def test_the_peer_scores_labels_as_its_own_model_does(peft_peer: ModuleType, model: Path) -> None:
-    from ptune.backbone import Backbone
+    from ptune.models.backbone import Backbone
 
     backbone = Backbone.load(str(model))
     peer = peft_peer.PeftPeer(backbone, virtual_tokens=3)

@@ -18,10 +18,10 @@ from tiny_models import tiny_model, tiny_tokenizer
 from torch.nn import functional
 
 from ptune import Engine, Reporter, RunConfig, SoftPrompt, SoftPromptError, train
-from ptune.backbone import Backbone
-from ptune.config_file import config_yaml
+from ptune.config.file import config_yaml
+from ptune.config.task import ClassificationConfig
 from ptune.errors import ConfigError
-from ptune.task_config import ClassificationConfig
+from ptune.models.backbone import Backbone
 from ptune.tasks import Assessment
 from ptune.tasks.calibration import fit_temperature, reliability
 
@@ -29,8 +29,8 @@ WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from ptune.config_file import load_config
-from ptune.training import train
+from ptune.config.file import load_config
+from ptune.training.train import train
 prompt = train(load_config(sys.argv[1]))
 Path(sys.argv[1] + os.environ["RANK"]).write_text(repr(prompt.temperature))
 """

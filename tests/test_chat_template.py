@@ -9,15 +9,15 @@ import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from ptune.backbone import Backbone
-from ptune.chat_template import in_chat
-from ptune.config import RunConfig
-from ptune.engine import Engine
+from ptune.config.run import RunConfig
+from ptune.engine.engine import Engine
 from ptune.errors import ConfigError
-from ptune.rendering import Renderer
-from ptune.soft_prompt import SoftPrompt
+from ptune.models.backbone import Backbone
+from ptune.rendering.chat_template import in_chat
+from ptune.rendering.renderer import Renderer
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.template import Template
-from ptune.training import train
+from ptune.training.train import train
 
 CHAT = (
     "{% for message in messages %}<[{{ message.role }}]>\n{{ message.content | trim }}</s>\n{% endfor %}"

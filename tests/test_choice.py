@@ -9,10 +9,10 @@ import torch
 from sklearn import metrics as sklearn_metrics
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
+from ptune.config.task import ChoiceConfig, ClassificationConfig
 from ptune.errors import DataError
-from ptune.readers import Record
-from ptune.task_config import ChoiceConfig, ClassificationConfig
+from ptune.models.backbone import Backbone
+from ptune.records.readers import Record
 from ptune.tasks import task_for
 from ptune.tasks.calibration import calibration_error, reliability
 from ptune.tasks.choice import Choice

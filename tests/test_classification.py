@@ -9,15 +9,15 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
-from ptune.batch import collate
-from ptune.config import EncoderConfig
-from ptune.encoder import build_encoder
+from ptune.config.run import EncoderConfig
+from ptune.config.task import ClassificationConfig
 from ptune.errors import ConfigError, DataError
-from ptune.prompted_model import PromptedModel
-from ptune.readers import Record
-from ptune.rendering import Renderer
-from ptune.task_config import ClassificationConfig
+from ptune.models.backbone import Backbone
+from ptune.models.prompted_model import PromptedModel
+from ptune.prompts.encoder import build_encoder
+from ptune.records.readers import Record
+from ptune.rendering.batch import collate
+from ptune.rendering.renderer import Renderer
 from ptune.tasks import build_task
 from ptune.tasks.classification import Classification
 from ptune.template import Template

@@ -23,12 +23,12 @@ from tiny_models import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 import ptune
-from ptune.chat import Chat
 from ptune.cli import app
 from ptune.cli.evaluate import confusion_table
-from ptune.engine import Engine
-from ptune.generation import GenerationOptions, generate
-from ptune.soft_prompt import SoftPrompt
+from ptune.engine.chat import Chat
+from ptune.engine.engine import Engine
+from ptune.generation.generate import GenerationOptions, generate
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 COMMANDS = ["train", "search", "eval", "predict", "generate", "inspect", "report"]

@@ -10,8 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from ptune.cli.overrides import run_overrides
-from ptune.config import DataConfig, EncoderConfig, ModelConfig, RunConfig, StartConfig, TrainingConfig
-from ptune.config_file import (
+from ptune.config.file import (
     config_yaml,
     differing_settings,
     load_config,
@@ -20,8 +19,9 @@ from ptune.config_file import (
     parse_overrides,
     setting_names,
 )
+from ptune.config.run import DataConfig, EncoderConfig, ModelConfig, RunConfig, StartConfig, TrainingConfig
+from ptune.config.task import ChoiceConfig, ClassificationConfig
 from ptune.errors import ConfigError
-from ptune.task_config import ChoiceConfig, ClassificationConfig
 
 SMALL: dict[str, Any] = {
     "model": "mini",

@@ -15,14 +15,14 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from ptune.backbone import Backbone
-from ptune.config import RunConfig
-from ptune.context_cache import ContextCache
-from ptune.context_store import ContextStore, clear_contexts, stored_contexts
+from ptune.config.run import RunConfig
 from ptune.errors import ConfigError
-from ptune.fingerprint import exact_key
-from ptune.reporting import Reporter
-from ptune.training import train
+from ptune.models.backbone import Backbone
+from ptune.plans.context_cache import ContextCache
+from ptune.plans.context_store import ContextStore, clear_contexts, stored_contexts
+from ptune.pretrained.fingerprint import exact_key
+from ptune.training.reporting import Reporter
+from ptune.training.train import train
 
 IDS = [(5, 6, 7), (8, 9, 10, 11), (12, 13)]
 
@@ -171,7 +171,7 @@ def test_the_key_is_another_for_any_other_weight_or_setting() -> None:
 
 def test_two_processes_write_one_cache(tmp_path: Path) -> None:
     script = (
-        "import sys, torch\nfrom pathlib import Path\nfrom ptune.context_store import ContextStore\n"
+        "import sys, torch\nfrom pathlib import Path\nfrom ptune.plans.context_store import ContextStore\n"
         "store = ContextStore('one', 10**9, name='m', dtype='float32', folder=Path(sys.argv[1]))\n"
         "for number in range(40):\n"
         "    past = torch.full((4, 2, 3, 8), float(number))\n"

@@ -19,19 +19,19 @@ from tiny_models import tiny_model, tiny_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
-from ptune.assembly import assemble
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED
-from ptune.chat_template import in_chat
-from ptune.config import RunConfig
-from ptune.conversations import Exchange
-from ptune.data import load_records
+from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, DataError, TemplateError
 from ptune.families import ENCODER_DECODER
-from ptune.preview import preview
-from ptune.readers import Record
-from ptune.rendering import Renderer
+from ptune.models.backbone import Backbone
+from ptune.records.conversations import Exchange
+from ptune.records.data import load_records
+from ptune.records.readers import Record
+from ptune.rendering.batch import IGNORED
+from ptune.rendering.chat_template import in_chat
+from ptune.rendering.preview import preview
+from ptune.rendering.renderer import Renderer
 from ptune.template import Template
+from ptune.training.assembly import assemble
 
 V = 352
 PLAIN = "[P*3]Human: {instruction}[?\n{input}]\n\nAssistant: {answer}"

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ptune.conversations import Exchange
-from ptune.data import Record, data_hash, has_split, load_records, split_dev
 from ptune.errors import DataError
+from ptune.records.conversations import Exchange
+from ptune.records.data import Record, data_hash, has_split, load_records, split_dev
 
 ROWS = [{"text": "a, b", "label": "yes"}, {"text": 'say "提示"\nnow', "label": "no"}]
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -236,7 +236,7 @@ def test_what_datasets_loads_by_name_becomes_records(tmp_path: Path) -> None:
     write(folder / "train.jsonl", json_lines(ROWS))
     write(folder / "validation.jsonl", json_lines(ROWS[:1]))
     program = (
-        "import sys; from ptune.readers import _read_hub\n"
+        "import sys; from ptune.records.readers import _read_hub\n"
         "for split in ('train', 'dev'):\n"
         "    for record in _read_hub(sys.argv[1], split): print(dict(record), record.location)\n"
     )
@@ -254,7 +254,7 @@ def test_what_datasets_loads_by_name_becomes_records(tmp_path: Path) -> None:
 def test_a_name_that_is_neither_here_nor_on_the_hub_is_one_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / "train").mkdir()
     program = (
-        "import os, sys; from ptune.data import load_records; from ptune.errors import DataError\n"
+        "import os, sys; from ptune.records.data import load_records; from ptune.errors import DataError\n"
         "os.chdir(sys.argv[2])\n"
         "try: load_records(sys.argv[1])\n"
         "except DataError as error: print(error)"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_models import ENCODER_DECODER_FAMILIES, FAMILIES, tiny_model, tiny_tokenizer
 
-from ptune.answers import Answer, Listener
-from ptune.backbone import Backbone
-from ptune.deep_start import keys_and_values_of
-from ptune.generation import Generated, GenerationOptions, Writer, generate
-from ptune.growing_cache import GrowingCache
+from ptune.generation.answers import Answer, Listener
+from ptune.generation.generate import Generated, GenerationOptions, Writer, generate
+from ptune.generation.growing_cache import GrowingCache
+from ptune.models.backbone import Backbone
+from ptune.models.deep_start import keys_and_values_of
 
 TEXTS = [[9, 40, 60, 70, 80, 99], [50, 41, 42], [100, 200, 7, 7, 30, 31, 32, 33, 34, 35], [3], [12, 13], [60, 61, 62]]
 LENGTHS = [9, 3, 12, 1, 7, 20]

@@ -12,17 +12,17 @@ from tiny_models import ALL_FAMILIES, FAMILIES, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED
-from ptune.config import EncoderConfig
-from ptune.deep_encoder import DeepEncoder, build_deep_encoder
-from ptune.deep_start import check_shape, keys_and_values_of
-from ptune.encoder import build_encoder
+from ptune.config.run import EncoderConfig
 from ptune.errors import BackboneError, SoftPromptError
-from ptune.generation import GenerationOptions, generate
-from ptune.keys_and_values import KeyValueShape, layers_of, new_cache, read_cache, rows_of
-from ptune.prompted_model import PromptedModel
-from ptune.virtual_tokens import input_embedding
+from ptune.generation.generate import GenerationOptions, generate
+from ptune.models.backbone import Backbone
+from ptune.models.deep_start import check_shape, keys_and_values_of
+from ptune.models.prompted_model import PromptedModel
+from ptune.prompts.deep_encoder import DeepEncoder, build_deep_encoder
+from ptune.prompts.encoder import build_encoder
+from ptune.prompts.keys_and_values import KeyValueShape, layers_of, new_cache, read_cache, rows_of
+from ptune.prompts.virtual_tokens import input_embedding
+from ptune.rendering.batch import IGNORED
 
 pytestmark = pytest.mark.usefixtures("true_float64")
 

@@ -19,20 +19,20 @@ from safetensors.torch import load_file
 from soft_prompts import assert_same
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
-from ptune.assembly import template_for
-from ptune.backbone import Backbone
-from ptune.config import RunConfig
-from ptune.config_file import load_config
-from ptune.data import Record
-from ptune.deep_start import keys_and_values_of
-from ptune.engine import Engine
+from ptune.config.file import load_config
+from ptune.config.run import RunConfig
+from ptune.config.task import GenerationConfig
+from ptune.engine.engine import Engine
 from ptune.errors import BackboneError, ConfigError, SoftPromptError, TemplateError
-from ptune.peft_format import read_peft_adapter
-from ptune.reporting import Reporter
-from ptune.soft_prompt import SoftPrompt, import_peft
-from ptune.stopping import Stopped
-from ptune.task_config import GenerationConfig
-from ptune.training import train
+from ptune.models.backbone import Backbone
+from ptune.models.deep_start import keys_and_values_of
+from ptune.records.data import Record
+from ptune.soft_prompts.peft_format import read_peft_adapter
+from ptune.soft_prompts.soft_prompt import SoftPrompt, import_peft
+from ptune.training.assembly import template_for
+from ptune.training.reporting import Reporter
+from ptune.training.stopping import Stopped
+from ptune.training.train import train
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}

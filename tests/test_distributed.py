@@ -9,8 +9,8 @@ import pytest
 import torch
 from two_processes import break_off, config_of, finish, make_folder
 
-from ptune.soft_prompt import SoftPrompt
-from ptune.training import train
+from ptune.soft_prompts.soft_prompt import SoftPrompt
+from ptune.training.train import train
 
 
 @pytest.fixture(scope="module")

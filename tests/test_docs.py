@@ -12,8 +12,8 @@ import typer.main
 import yaml
 
 from ptune.cli import app
-from ptune.config import RunConfig
-from ptune.config_file import override, setting_names
+from ptune.config.file import override, setting_names
+from ptune.config.run import RunConfig
 from ptune.template import Template
 
 ROOT = Path(__file__).parents[1]

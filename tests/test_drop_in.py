@@ -29,11 +29,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from ptune.backbone import Backbone
-from ptune.config import EncoderConfig, StartConfig
-from ptune.drop_in import prompted
+from ptune.config.run import EncoderConfig, StartConfig
+from ptune.drop_in.prefixed_model import PrefixedModel
+from ptune.drop_in.prompted import prompted
 from ptune.errors import BackboneError, ConfigError, SoftPromptError
-from ptune.prefixed_model import PrefixedModel
+from ptune.models.backbone import Backbone
 
 P = 4
 

@@ -23,11 +23,11 @@ from serving import rows, soft_prompts, tiny_backbone
 from tiny_models import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from ptune.backbone import Backbone
 from ptune.cli import app as command_line
-from ptune.engine import Engine
+from ptune.engine.engine import Engine
 from ptune.errors import BackboneError, ConfigError
-from ptune.generation import GenerationOptions
+from ptune.generation.generate import GenerationOptions
+from ptune.models.backbone import Backbone
 from ptune.serve.embedded_tasks import EmbeddedTasks, as_embeds, embedded
 from ptune.serve.gateway import create_gateway
 from ptune.serve.settings import GatewaySettings

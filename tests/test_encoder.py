@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call
 
-from ptune.config import EncoderConfig
-from ptune.encoder import PromptEncoder, build_encoder, count_parameters
+from ptune.config.run import EncoderConfig
 from ptune.errors import ConfigError
+from ptune.prompts.encoder import PromptEncoder, build_encoder, count_parameters
 
 P, H = 5, 8
 

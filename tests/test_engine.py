@@ -11,10 +11,10 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune import Engine, SoftPrompt
-from ptune.backbone import Backbone
+from ptune.config.task import ChoiceConfig, ClassificationConfig, GenerationConfig
 from ptune.errors import DataError, SoftPromptError
-from ptune.generation import GenerationOptions
-from ptune.task_config import ChoiceConfig, ClassificationConfig, GenerationConfig
+from ptune.generation.generate import GenerationOptions
+from ptune.models.backbone import Backbone
 
 TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果"]
 

@@ -12,7 +12,7 @@ from serving import soft_prompts, tiny_backbone
 
 from ptune import Engine
 from ptune.errors import DataError
-from ptune.generation import GenerationOptions
+from ptune.generation.generate import GenerationOptions
 
 TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果"]
 

@@ -14,12 +14,12 @@ from soft_prompts import make
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune import Engine
-from ptune.backbone import Backbone
-from ptune.chat import Chat
+from ptune.config.task import GenerationConfig
+from ptune.engine.chat import Chat
+from ptune.engine.prompt_memory import PromptMemory
 from ptune.errors import SoftPromptError
-from ptune.generation import GenerationOptions
-from ptune.prompt_memory import PromptMemory
-from ptune.task_config import GenerationConfig
+from ptune.generation.generate import GenerationOptions
+from ptune.models.backbone import Backbone
 
 TEXTS = ["great soup", "terrible film"]
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.assembly import build_task, read_records
-from ptune.backbone import Backbone
-from ptune.config import RunConfig
-from ptune.config_file import load_config
-from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import TASK_CONFIGS, ClassificationConfig
+from ptune.config.file import load_config
+from ptune.config.run import RunConfig
+from ptune.config.task import TASK_CONFIGS, ClassificationConfig
+from ptune.models.backbone import Backbone
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import completed
 from ptune.template import Template
+from ptune.training.assembly import build_task, read_records
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
-from ptune.data import load_records
+from ptune.config.task import ExtractionConfig
+from ptune.engine.mixed_batches import answer_together
 from ptune.errors import ConfigError, DataError
 from ptune.families import MASKED
-from ptune.mixed_batches import answer_together
-from ptune.readers import Record
-from ptune.rendering import Renderer
-from ptune.task_config import ExtractionConfig
+from ptune.models.backbone import Backbone
+from ptune.records.data import load_records
+from ptune.records.readers import Record
+from ptune.rendering.renderer import Renderer
 from ptune.tasks import Extraction, build_task
 from ptune.tasks.entity_text import EntityText, Passage
 from ptune.tasks.extraction import extraction_scores

@@ -14,23 +14,23 @@ from tiny_models import ENCODER_DECODER_FAMILIES, MASKED_FAMILIES, tiny_model, t
 from torch import Tensor
 from torch.nn import functional
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED
-from ptune.config import RunConfig
-from ptune.data import load_records
-from ptune.encoder import PromptEncoder
-from ptune.engine import Engine
+from ptune.config.run import RunConfig
+from ptune.config.task import ClassificationConfig, GenerationConfig
+from ptune.engine.engine import Engine
 from ptune.errors import BackboneError, ConfigError, SoftPromptError, TemplateError
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, kind_of
-from ptune.generation import GenerationOptions, generate
-from ptune.prompted_model import PromptedModel
-from ptune.reporting import Reporter
-from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import ClassificationConfig, GenerationConfig
+from ptune.generation.generate import GenerationOptions, generate
+from ptune.models.backbone import Backbone
+from ptune.models.prompted_model import PromptedModel
+from ptune.prompts.encoder import PromptEncoder
+from ptune.prompts.virtual_tokens import input_embedding
+from ptune.records.data import load_records
+from ptune.rendering.batch import IGNORED
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import task_for
 from ptune.template import Template
-from ptune.training import train
-from ptune.virtual_tokens import input_embedding
+from ptune.training.reporting import Reporter
+from ptune.training.train import train
 
 P = 4
 LABELS = {"good": " great", "bad": " terrible", "fair": " good film"}

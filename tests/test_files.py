@@ -399,6 +399,8 @@ def test_a_lock_in_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_are_imported_without_torch() -> None:
-    program = "import sys, json, ptune.files, ptune.readers, ptune.data; print(json.dumps(list(sys.modules)))"
+    program = (
+        "import sys, json, ptune.files, ptune.records.readers, ptune.records.data; print(json.dumps(list(sys.modules)))"
+    )
     loaded = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout)
     assert not {"torch", "transformers", "datasets", "pyarrow", "safetensors"} & set(loaded)

@@ -19,9 +19,9 @@ from serving import soft_prompts, tiny_backbone
 from typer.testing import CliRunner
 
 from ptune.cli import app as command_line
-from ptune.engine import Engine
+from ptune.engine.engine import Engine
 from ptune.errors import ConfigError
-from ptune.generation import GenerationOptions
+from ptune.generation.generate import GenerationOptions
 from ptune.serve.gateway import create_gateway
 from ptune.serve.merged_tasks import MergedTasks
 from ptune.serve.settings import GatewaySettings

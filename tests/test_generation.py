@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 from tiny_models import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
 from ptune.errors import BackboneError
-from ptune.generation import GenerationOptions, generate
+from ptune.generation.generate import GenerationOptions, generate
+from ptune.models.backbone import Backbone
 
 TOKENIZER = tiny_tokenizer()
 PROMPT = TOKENIZER("Sleep, walk, and eat greens.", add_special_tokens=False)["input_ids"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
+from ptune.config.task import GenerationConfig
 from ptune.errors import DataError, TemplateError
-from ptune.readers import Record
-from ptune.rendering import Renderer
-from ptune.task_config import GenerationConfig
+from ptune.models.backbone import Backbone
+from ptune.records.readers import Record
+from ptune.rendering.renderer import Renderer
 from ptune.tasks import Generation, build_task, task_for
 from ptune.tasks.generation import rouge_l, score_texts
 from ptune.template import Template

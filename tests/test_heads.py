@@ -19,27 +19,27 @@ from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from ptune.assembly import assemble
-from ptune.backbone import Backbone
-from ptune.batch import Row
-from ptune.checkpoint import load_checkpoint
-from ptune.config import EncoderConfig
-from ptune.config_file import parse_config
-from ptune.encoder import build_encoder
-from ptune.engine import Engine
+from ptune.config.file import parse_config
+from ptune.config.run import EncoderConfig
+from ptune.config.task import LinearClassificationConfig, TaggingConfig
+from ptune.engine.engine import Engine
 from ptune.errors import ConfigError, DataError, SoftPromptError
-from ptune.linear_head import LinearHead, head_from, head_tensors
 from ptune.merging.merge import merge_prompts
-from ptune.prompted_model import PromptedModel
-from ptune.reporting import Reporter
-from ptune.soft_prompt import SoftPrompt
-from ptune.soft_prompt_files import read_description
-from ptune.task_config import LinearClassificationConfig, TaggingConfig
+from ptune.models.backbone import Backbone
+from ptune.models.prompted_model import PromptedModel
+from ptune.prompts.encoder import build_encoder
+from ptune.prompts.linear_head import LinearHead, head_from, head_tensors
+from ptune.prompts.virtual_tokens import input_embedding
+from ptune.rendering.batch import Row
+from ptune.soft_prompts.files import read_description
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Task, task_for
 from ptune.tasks.metrics import average_f1s
 from ptune.template import Template
-from ptune.training import Stopped, train
-from ptune.virtual_tokens import input_embedding
+from ptune.training.assembly import assemble
+from ptune.training.checkpoint import load_checkpoint
+from ptune.training.reporting import Reporter
+from ptune.training.train import Stopped, train
 
 P = 4
 TASKS = {"linear": LINEAR, "several": MULTI, "tagging": TAGGING}

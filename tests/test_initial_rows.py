@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ptune import initial_rows as module
-from ptune.config import StartConfig
+from ptune.config.run import StartConfig
 from ptune.errors import BackboneError, ConfigError, SoftPromptError
-from ptune.initial_rows import initial_rows
+from ptune.prompts.initial_rows import initial_rows
 
 V, H = 400, 16
 """The matrix has more rows than the tokenizer has tokens, as real backbones do."""

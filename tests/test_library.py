@@ -10,9 +10,9 @@ import pytest
 from soft_prompts import make
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
 from ptune.errors import SoftPromptError
-from ptune.library import read_library
+from ptune.models.backbone import Backbone
+from ptune.soft_prompts.library import read_library
 
 RUN = {"metric": "accuracy", "after": {"accuracy": 0.875, "loss": 0.3}, "date": "2026-11-01T10:00:00+00:00"}
 

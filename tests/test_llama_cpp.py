@@ -13,7 +13,7 @@ from merged_models import on_disk, soft_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptune import Engine, GenerationOptions, merge_prompts
-from ptune.backbone import Backbone
+from ptune.models.backbone import Backbone
 
 LLAMA_CPP = os.environ.get("PTUNE_LLAMA_CPP", "")
 pytestmark = [

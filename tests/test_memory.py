@@ -15,13 +15,13 @@ from tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED
-from ptune.config import EncoderConfig
-from ptune.encoder import build_encoder
-from ptune.prompted_model import PromptedModel
-from ptune.side_by_side import answer_side_by_side
+from ptune.config.run import EncoderConfig
+from ptune.models.backbone import Backbone
+from ptune.models.prompted_model import PromptedModel
+from ptune.prompts.encoder import build_encoder
+from ptune.rendering.batch import IGNORED
 from ptune.tasks import Asked
+from ptune.tasks.side_by_side import answer_side_by_side
 
 P = 3
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")

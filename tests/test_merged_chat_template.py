@@ -11,7 +11,6 @@ from tiny_models import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ptune.conversations import Exchange
 from ptune.merging.chat_template import TaskShape, Words, chat_template, kwarg_of
 from ptune.merging.probes import chat_kwargs, ids_agree, probe_records
 from ptune.merging.tokenizer_files import (
@@ -22,8 +21,9 @@ from ptune.merging.tokenizer_files import (
     token_names,
     write_chat_template,
 )
-from ptune.readers import Record
-from ptune.rendering import Renderer
+from ptune.records.conversations import Exchange
+from ptune.records.readers import Record
+from ptune.rendering.renderer import Renderer
 from ptune.template import Template
 
 MARK = "<|ptune-0123abcd"

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptune.backbone import MINI, Backbone
 from ptune.demonstration import demo_records
-from ptune.generation import GenerationOptions, generate
-from ptune.soft_prompt import SoftPrompt
+from ptune.generation.generate import GenerationOptions, generate
+from ptune.models.backbone import Backbone
+from ptune.pretrained.loading import MINI
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 MEGABYTE = 2**20
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ptune.config_file import parse_config, parse_overrides
+from ptune.config.file import parse_config, parse_overrides
 from ptune.errors import ConfigError
 
 SMALL: dict[str, Any] = {

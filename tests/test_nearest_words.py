@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
-from ptune.nearest_words import nearest_words
+from ptune.models.backbone import Backbone
+from ptune.soft_prompts.nearest_words import nearest_words
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gemma"])

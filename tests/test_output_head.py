@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PreTrainedConfig
 
 from ptune import losses
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED
-from ptune.config import EncoderConfig
-from ptune.encoder import build_encoder
-from ptune.losses import summed_linear_loss, summed_loss
-from ptune.prompted_model import PromptedModel
+from ptune.config.run import EncoderConfig
+from ptune.models.backbone import Backbone
+from ptune.models.prompted_model import PromptedModel
+from ptune.pretrained.losses import summed_linear_loss, summed_loss
+from ptune.prompts.encoder import build_encoder
+from ptune.rendering.batch import IGNORED
 
 pytestmark = pytest.mark.usefixtures("true_float64")
 

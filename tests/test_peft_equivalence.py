@@ -14,11 +14,11 @@ from tiny_models import FAMILIES, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED
-from ptune.encoder import PromptEncoder
-from ptune.prefixed_model import PrefixedModel
-from ptune.prompted_model import PromptedModel
+from ptune.drop_in.prefixed_model import PrefixedModel
+from ptune.models.backbone import Backbone
+from ptune.models.prompted_model import PromptedModel
+from ptune.prompts.encoder import PromptEncoder
+from ptune.rendering.batch import IGNORED
 
 pytestmark = pytest.mark.usefixtures("true_float64")
 

@@ -25,11 +25,11 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
+from ptune.config.task import ClassificationConfig, GenerationConfig
 from ptune.errors import SoftPromptError
-from ptune.peft_format import read_peft_adapter, write_peft_adapter
-from ptune.soft_prompt import SoftPrompt, import_peft
-from ptune.task_config import ClassificationConfig, GenerationConfig
+from ptune.models.backbone import Backbone
+from ptune.soft_prompts.peft_format import read_peft_adapter, write_peft_adapter
+from ptune.soft_prompts.soft_prompt import SoftPrompt, import_peft
 
 FAMILIES = ["gpt2", "bloom", "llama", "qwen2", "gemma"]
 IDS = torch.tensor([[5, 17, 300, 42, 42, 7]])

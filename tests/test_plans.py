@@ -10,13 +10,13 @@ import torch
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED
-from ptune.config import EncoderConfig
-from ptune.context_cache import ContextCache
-from ptune.encoder import PromptEncoder, build_encoder
-from ptune.plans import Plans, length_groups
-from ptune.prompted_model import PromptedModel
+from ptune.config.run import EncoderConfig
+from ptune.models.backbone import Backbone
+from ptune.models.prompted_model import PromptedModel
+from ptune.plans.context_cache import ContextCache
+from ptune.plans.plans import Plans, length_groups
+from ptune.prompts.encoder import PromptEncoder, build_encoder
+from ptune.rendering.batch import IGNORED
 
 P = 5
 
@@ -106,7 +106,7 @@ def test_rows_with_little_padding_share_their_prefix(family: str, name: str, dty
 def test_rows_run_in_groups_of_similar_length_give_the_same(
     family: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptune.plans._COST_OF_A_PASS", 2)
+    monkeypatch.setattr("ptune.plans.plans._COST_OF_A_PASS", 2)
     shapes = {name: shape for name, (_, shape) in SHAPES.items()}
     shapes["in the middle"] = lambda words, virtual: [*words[:9], *virtual, *words[9:]]
     with prompted_model(family) as prompted:

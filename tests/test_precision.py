@@ -12,12 +12,12 @@ import torch
 from tiny_models import FAMILIES, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from ptune.backbone import Backbone
-from ptune.config import RunConfig
-from ptune.config_file import config_yaml
-from ptune.engine import Engine
-from ptune.precision import precision_for
-from ptune.training import train
+from ptune.config.file import config_yaml
+from ptune.config.run import RunConfig
+from ptune.engine.engine import Engine
+from ptune.models.backbone import Backbone
+from ptune.pretrained.precision import precision_for
+from ptune.training.train import train
 
 CPU = torch.device("cpu")
 

@@ -13,13 +13,13 @@ from soft_prompts import make
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
 from ptune import Engine, SoftPrompt
-from ptune.backbone import Backbone
-from ptune.config import EncoderConfig
-from ptune.encoder import build_encoder
-from ptune.generation import GenerationOptions, generate
-from ptune.prefix_cache import PrefixCache
-from ptune.prompted_model import PromptedModel
-from ptune.task_config import ClassificationConfig, GenerationConfig
+from ptune.config.run import EncoderConfig
+from ptune.config.task import ClassificationConfig, GenerationConfig
+from ptune.generation.generate import GenerationOptions, generate
+from ptune.models.backbone import Backbone
+from ptune.models.prompted_model import PromptedModel
+from ptune.prompts.encoder import build_encoder
+from ptune.prompts.prefix_cache import PrefixCache
 
 TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果", "the door and the room were as quiet as ever"]
 

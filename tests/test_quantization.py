@@ -13,13 +13,13 @@ from tiny_models import tiny_model, tiny_tokenizer
 from torch import nn
 from torch.nn import functional
 
-from ptune.backbone import Backbone
-from ptune.config import ModelConfig, RunConfig
-from ptune.engine import Engine
+from ptune.config.run import ModelConfig, RunConfig
+from ptune.engine.engine import Engine
 from ptune.errors import BackboneError, ConfigError
-from ptune.loading import quantization_settings
-from ptune.quantization import Int4Weight, quantize
-from ptune.training import train
+from ptune.models.backbone import Backbone
+from ptune.pretrained.loading import quantization_settings
+from ptune.pretrained.quantization import Int4Weight, quantize
+from ptune.training.train import train
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 FAMILIES = ("llama", "bloom", "bert", "t5")

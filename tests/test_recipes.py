@@ -12,13 +12,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from ptune.backbone import MINI, Backbone
-from ptune.config import RunConfig
-from ptune.data import Record
+from ptune.config.run import RunConfig
 from ptune.families import MASKED
+from ptune.models.backbone import Backbone
+from ptune.pretrained.loading import MINI
+from ptune.records.data import Record
 from ptune.tasks import task_for
 from ptune.template import Template
-from ptune.training import train
+from ptune.training.train import train
 
 TEXTS = ("A warm, funny film.", "这家店的苹果很新鲜。", "naïve café À 🙂")
 

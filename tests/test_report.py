@@ -17,12 +17,12 @@ import soft_prompts
 import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
+from ptune.config.task import ClassificationConfig
 from ptune.errors import DataError, SoftPromptError
-from ptune.nearest_words import nearest_words
-from ptune.report import read_story, report_page
-from ptune.soft_prompt import SoftPrompt
-from ptune.task_config import ClassificationConfig
+from ptune.models.backbone import Backbone
+from ptune.reports.page import read_story, report_page
+from ptune.soft_prompts.nearest_words import nearest_words
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 EVIL = "</pre><script>alert('x')</script>&\"<b onclick=x>"
 TASK = ClassificationConfig(verbalizer={EVIL: " great", "bad": " terrible"})

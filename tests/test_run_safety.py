@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
-from ptune.config import RunConfig
-from ptune.data import Record
+from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, MissingExtraError
-from ptune.reporting import Reporter
-from ptune.series import under_seeds
-from ptune.training import train
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record
+from ptune.training.reporting import Reporter
+from ptune.training.series import under_seeds
+from ptune.training.train import train
 
 ROWS = [{"text": f"room {n} {'great' if n % 3 else 'terrible'}", "label": "ab"[n % 3 == 0]} for n in range(18)]
 

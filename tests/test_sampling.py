@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
-from ptune.generation import Generated, GenerationOptions, generate
-from ptune.sampling import TokenLogprob
+from ptune.generation.generate import Generated, GenerationOptions, generate
+from ptune.generation.sampling import TokenLogprob
+from ptune.models.backbone import Backbone
 
 TEXTS = ["The film", "这家店的苹果", "Human: Give three tips\n\nAssistant:"]
 SAMPLED = {"do_sample": True, "temperature": 1.7, "top_p": 0.95}

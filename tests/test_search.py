@@ -14,18 +14,18 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
-from ptune.candidates import SearchConfig, candidates_of, load_search, parse_vary
-from ptune.config import RunConfig
-from ptune.config_file import load_config
-from ptune.encoder import PromptEncoder
+from ptune.config.candidates import SearchConfig, candidates_of, load_search, parse_vary
+from ptune.config.file import load_config
+from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, OutputError
-from ptune.learner import Learner
-from ptune.reporting import SearchReporter
-from ptune.searching import rungs, search
-from ptune.soft_prompt import SoftPrompt
-from ptune.stopping import Stopped
-from ptune.training import train
+from ptune.models.backbone import Backbone
+from ptune.prompts.encoder import PromptEncoder
+from ptune.soft_prompts.soft_prompt import SoftPrompt
+from ptune.training.learner import Learner
+from ptune.training.reporting import SearchReporter
+from ptune.training.search import rungs, search
+from ptune.training.stopping import Stopped
+from ptune.training.train import train
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 LIMIT = {torch.float64: 1e-9, torch.float32: 1e-5}

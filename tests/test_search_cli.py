@@ -13,7 +13,7 @@ import pytest
 import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.soft_prompt import SoftPrompt
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 

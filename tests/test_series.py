@@ -15,12 +15,12 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.config import RunConfig
-from ptune.data import Record, draw_shots
+from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, DataError, OutputError
-from ptune.series import check_series, spread, under_seeds, with_backbones
-from ptune.soft_prompt import SoftPrompt
-from ptune.training import train
+from ptune.records.data import Record, draw_shots
+from ptune.soft_prompts.soft_prompt import SoftPrompt
+from ptune.training.series import check_series, spread, under_seeds, with_backbones
+from ptune.training.train import train
 
 WORDS = ("soup", "film", "room", "waiter", "apple", "hotel", "door", "song")
 

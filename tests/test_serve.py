@@ -12,9 +12,9 @@ import openai
 import pytest
 from serving import Served, serving, soft_prompts, tiny_backbone
 
-from ptune.chat import Chat
-from ptune.engine import Engine
-from ptune.generation import GenerationOptions
+from ptune.engine.chat import Chat
+from ptune.engine.engine import Engine
+from ptune.generation.generate import GenerationOptions
 
 TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果", "the door"]
 

@@ -14,7 +14,7 @@ from serving import Served, rows, serving, soft_prompts, tiny_backbone
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune import Engine, SoftPrompt
-from ptune.backbone import Backbone
+from ptune.models.backbone import Backbone
 
 ASK = {"model": "new", "input": "great soup"}
 

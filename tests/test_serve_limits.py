@@ -31,10 +31,10 @@ from schemathesis.specs.openapi.checks import (
 from serving import Served, rows, serving, soft_prompts, soft_prompts_with_heads, tiny_backbone
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
-from ptune.deep_start import keys_and_values_of
-from ptune.engine import Engine
+from ptune.engine.engine import Engine
 from ptune.errors import ConfigError
+from ptune.models.backbone import Backbone
+from ptune.models.deep_start import keys_and_values_of
 from ptune.serve.security import read_tokens
 
 CLASSIFY = {"model": "mood", "input": "great soup"}

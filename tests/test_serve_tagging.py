@@ -17,9 +17,9 @@ import httpx
 import pytest
 from serving import Served, serving, soft_prompts, soft_prompts_with_heads, tiny_backbone
 
-from ptune.backbone import Backbone
-from ptune.engine import Engine
-from ptune.soft_prompt import SoftPrompt
+from ptune.engine.engine import Engine
+from ptune.models.backbone import Backbone
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 TEXT = "Some great soup, and a terrible film."
 WORDS = ["great", "soup", "Wrong", "waiter"]

@@ -10,14 +10,14 @@ import torch
 from tiny_models import tiny_model
 from two_processes import break_off, config_of, finish, make_folder, start
 
-from ptune.candidates import SearchConfig
-from ptune.config import RunConfig
+from ptune.config.candidates import SearchConfig
+from ptune.config.run import RunConfig
 from ptune.errors import ConfigError
-from ptune.reporting import Reporter
-from ptune.searching import search
-from ptune.sharding import shard_layers
-from ptune.soft_prompt import SoftPrompt
-from ptune.training import train
+from ptune.pretrained.sharding import shard_layers
+from ptune.soft_prompts.soft_prompt import SoftPrompt
+from ptune.training.reporting import Reporter
+from ptune.training.search import search
+from ptune.training.train import train
 
 FIRST, LAST = "[P*4]{text}{answer}", "{text}[P*4]{answer}"
 GENERATION = {"type": "generation", "answer_field": "label", "metric": "rouge_l", "max_new_tokens": 4}

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from soft_prompts import TASK, TEMPLATE, assert_same, make
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
-from ptune.config import EncoderConfig
+from ptune.config.run import EncoderConfig
+from ptune.config.task import ClassificationConfig, GenerationConfig
 from ptune.errors import SoftPromptError, TemplateError
-from ptune.soft_prompt import SoftPrompt
-from ptune.soft_prompt_files import size_in_bytes
-from ptune.task_config import ClassificationConfig, GenerationConfig
+from ptune.models.backbone import Backbone
+from ptune.soft_prompts.files import size_in_bytes
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 ENCODERS = [
     None,

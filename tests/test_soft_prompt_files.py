@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save, save_file
 from soft_prompts import assert_same, make
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
 from ptune.errors import OutputError, SoftPromptError
-from ptune.soft_prompt import SoftPrompt
+from ptune.models.backbone import Backbone
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +179,8 @@ def test_what_stands_in_a_folder_instead_is_told(tmp_path: Path, gpt2: Backbone)
 
 WRITER = """
 import sys, torch
-from ptune.task_config import GenerationConfig
-from ptune.soft_prompt import SoftPrompt
+from ptune.config.task import GenerationConfig
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 count = 0
 while True:
     tokens = 1 + count % 3

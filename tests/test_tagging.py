@@ -20,18 +20,18 @@ from tiny_models import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ptune.assembly import assemble
-from ptune.backbone import Backbone
-from ptune.config_file import load_config
-from ptune.data import Record
-from ptune.engine import Engine
+from ptune.config.file import load_config
+from ptune.config.task import TaggingConfig
+from ptune.engine.engine import Engine
 from ptune.errors import ConfigError, DataError, MissingExtraError, PtuneError, SoftPromptError, TemplateError
-from ptune.task_config import TaggingConfig
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record
+from ptune.rendering.words import spelled_out, split_text, tokenised_words
 from ptune.tasks import Tagging, task_for
 from ptune.tasks.spans import Span, plain_tag, spans_of
 from ptune.template import Template
-from ptune.training import train
-from ptune.words import spelled_out, split_text, tokenised_words
+from ptune.training.assembly import assemble
+from ptune.training.train import train
 
 SENTENCE = ["EU", "rejects", "German", "call", "of", "New", "York", "Times"]
 SCHEMES = {

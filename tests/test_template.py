@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptune.config.task import GenerationConfig, TaggingConfig, check_task_template
 from ptune.errors import TemplateError
-from ptune.task_config import GenerationConfig, TaggingConfig, check_task_template
 from ptune.template import Answer, Bos, Field, Optional, Template, Text, Virtual, escape
 
 TUTORIAL = r"[P*10]Human: {instruction}[?\n{input}]\n\nAssistant: {answer}"

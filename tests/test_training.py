@@ -19,20 +19,20 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.assembly import assemble
-from ptune.backbone import Backbone
-from ptune.checkpoint import Progress
-from ptune.comparison import Comparison
-from ptune.config import EncoderConfig, RunConfig
-from ptune.config_file import config_yaml
-from ptune.data import Record
-from ptune.engine import Engine
+from ptune.config.file import config_yaml
+from ptune.config.run import EncoderConfig, RunConfig
+from ptune.engine.engine import Engine
 from ptune.errors import ConfigError, DataError, MissingExtraError, OutputError, SoftPromptError, TrainingError
-from ptune.reporting import Reporter
-from ptune.soft_prompt import SoftPrompt
-from ptune.step_plan import StepPlan
-from ptune.stopping import Stopped
-from ptune.training import train
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record
+from ptune.soft_prompts.soft_prompt import SoftPrompt
+from ptune.training.assembly import assemble
+from ptune.training.checkpoint import Progress
+from ptune.training.comparison import Comparison
+from ptune.training.reporting import Reporter
+from ptune.training.step_plan import StepPlan
+from ptune.training.stopping import Stopped
+from ptune.training.train import train
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 
@@ -188,8 +188,8 @@ def test_accumulation_weighs_tokens_so_that_one_by_eight_is_eight_by_one(folder:
 
 SCRIPT = """
 import sys
-from ptune.config_file import load_config
-from ptune.training import train
+from ptune.config.file import load_config
+from ptune.training.train import train
 train(load_config(sys.argv[1]), resume=sys.argv[2] == "resume")
 """
 
@@ -441,7 +441,7 @@ def test_starting_from_another_prompt_takes_its_rows(folder: Path, tmp_path: Pat
 
 
 def test_every_example_is_seen_once_an_epoch_and_rates_warm_up_and_fall() -> None:
-    from ptune.config import TrainingConfig
+    from ptune.config.run import TrainingConfig
 
     settings = TrainingConfig(batch_size=4, gradient_accumulation_steps=2, epochs=2, warmup_ratio=0.25)
     plan = StepPlan(list(range(1, 24)), settings)

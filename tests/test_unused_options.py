@@ -11,8 +11,8 @@ import soft_prompts
 import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.backbone import Backbone
 from ptune.cli import main
+from ptune.models.backbone import Backbone
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from tiny_models import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ptune.backbone import Backbone
-from ptune.encoder import PromptEncoder
-from ptune.prompted_model import PromptedModel
-from ptune.virtual_tokens import VirtualTokens, input_embedding, input_matrix
+from ptune.models.backbone import Backbone
+from ptune.models.prompted_model import PromptedModel
+from ptune.prompts.encoder import PromptEncoder
+from ptune.prompts.virtual_tokens import VirtualTokens, input_embedding, input_matrix
 
 WORDS = torch.tensor([[5, 6, 7]])
 

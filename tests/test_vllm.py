@@ -21,12 +21,12 @@ from merged_models import on_disk, soft_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ptune import Engine, GenerationOptions, merge_prompts
-from ptune.backbone import Backbone
-from ptune.config import ModelConfig
+from ptune.config.run import ModelConfig
+from ptune.models.backbone import Backbone
 from ptune.serve.gateway import create_gateway
 from ptune.serve.merged_tasks import MergedTasks
 from ptune.serve.vllm_process import running_vllm
-from ptune.soft_prompt import SoftPrompt
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.template import Template
 
 VLLM = os.environ.get("PTUNE_VLLM", "")

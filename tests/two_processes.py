@@ -14,16 +14,16 @@ from typing import Any
 import psutil
 from tiny_models import tiny_model, tiny_tokenizer
 
-from ptune.config import RunConfig
-from ptune.config_file import config_yaml
+from ptune.config.file import config_yaml
+from ptune.config.run import RunConfig
 
 SCRIPT = """
 import json, os, sys
-from ptune.backbone import Backbone
-from ptune.config_file import load_config
-from ptune.reporting import Reporter
-from ptune.stopping import Stopped
-from ptune.training import train
+from ptune.models.backbone import Backbone
+from ptune.config.file import load_config
+from ptune.training.reporting import Reporter
+from ptune.training.stopping import Stopped
+from ptune.training.train import train
 
 config = load_config(sys.argv[1])
 seen = {"plans": [], "written": [], "held": {}}

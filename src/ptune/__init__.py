@@ -9,46 +9,44 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Backbone": "backbone",
+    "Backbone": "models.backbone",
     "ConfigError": "errors",
     "DataError": "errors",
     "BackboneError": "errors",
-    "Engine": "engine",
-    "GenerationOptions": "generation",
+    "Engine": "engine.engine",
+    "GenerationOptions": "generation.generate",
+    "MINI": "pretrained.loading",
     "MergedModel": "merging.merge",
     "MissingExtraError": "errors",
     "OutputError": "errors",
-    "PromptEncoder": "encoder",
-    "PromptedModel": "prompted_model",
+    "PromptEncoder": "prompts.encoder",
+    "PromptedModel": "models.prompted_model",
     "PtuneError": "errors",
-    "Reporter": "reporting",
-    "RunConfig": "config",
-    "SearchConfig": "candidates",
-    "SoftPrompt": "soft_prompt",
+    "Reporter": "training.reporting",
+    "RunConfig": "config.run",
+    "SearchConfig": "config.candidates",
+    "SoftPrompt": "soft_prompts.soft_prompt",
     "SoftPromptError": "errors",
     "Template": "template",
     "TemplateError": "errors",
     "TrainingError": "errors",
-    "VirtualTokens": "virtual_tokens",
-    "load_config": "config_file",
-    "load_records": "data",
+    "VirtualTokens": "prompts.virtual_tokens",
+    "load_config": "config.file",
+    "load_records": "records.data",
     "merge_prompts": "merging.merge",
-    "prompted": "drop_in",
-    "search": "searching",
-    "train": "training",
+    "prompted": "drop_in.prompted",
+    "search": "training.search",
+    "train": "training.train",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from ptune.backbone import Backbone as Backbone
-    from ptune.candidates import SearchConfig as SearchConfig
-    from ptune.config import RunConfig as RunConfig
-    from ptune.config_file import load_config as load_config
-    from ptune.data import load_records as load_records
-    from ptune.drop_in import prompted as prompted
-    from ptune.encoder import PromptEncoder as PromptEncoder
-    from ptune.engine import Engine as Engine
+    from ptune.config.candidates import SearchConfig as SearchConfig
+    from ptune.config.file import load_config as load_config
+    from ptune.config.run import RunConfig as RunConfig
+    from ptune.drop_in.prompted import prompted as prompted
+    from ptune.engine.engine import Engine as Engine
     from ptune.errors import BackboneError as BackboneError
     from ptune.errors import ConfigError as ConfigError
     from ptune.errors import DataError as DataError
@@ -58,16 +56,20 @@ if TYPE_CHECKING:
     from ptune.errors import SoftPromptError as SoftPromptError
     from ptune.errors import TemplateError as TemplateError
     from ptune.errors import TrainingError as TrainingError
-    from ptune.generation import GenerationOptions as GenerationOptions
+    from ptune.generation.generate import GenerationOptions as GenerationOptions
     from ptune.merging.merge import MergedModel as MergedModel
     from ptune.merging.merge import merge_prompts as merge_prompts
-    from ptune.prompted_model import PromptedModel as PromptedModel
-    from ptune.reporting import Reporter as Reporter
-    from ptune.searching import search as search
-    from ptune.soft_prompt import SoftPrompt as SoftPrompt
+    from ptune.models.backbone import Backbone as Backbone
+    from ptune.models.prompted_model import PromptedModel as PromptedModel
+    from ptune.pretrained.loading import MINI as MINI
+    from ptune.prompts.encoder import PromptEncoder as PromptEncoder
+    from ptune.prompts.virtual_tokens import VirtualTokens as VirtualTokens
+    from ptune.records.data import load_records as load_records
+    from ptune.soft_prompts.soft_prompt import SoftPrompt as SoftPrompt
     from ptune.template import Template as Template
-    from ptune.training import train as train
-    from ptune.virtual_tokens import VirtualTokens as VirtualTokens
+    from ptune.training.reporting import Reporter as Reporter
+    from ptune.training.search import search as search
+    from ptune.training.train import train as train
 
 
 def __getattr__(name: str) -> Any:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptune.backbone import Backbone
-from ptune.config import RunConfig
-from ptune.data import Record, load_records
-from ptune.task_config import ClassificationConfig
+from ptune.config.run import RunConfig
+from ptune.config.task import ClassificationConfig
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record, load_records
 from ptune.tasks import task_for
 from ptune.template import Template
 

@@ -26,7 +26,7 @@ def cache(
     from rich.markup import escape
     from rich.table import Table
 
-    from ptune.context_store import cache_folder, clear_contexts, stored_contexts
+    from ptune.plans.context_store import cache_folder, clear_contexts, stored_contexts
 
     console = Console(highlight=False, soft_wrap=True)
     if backbone is not None and not clear:

@@ -20,11 +20,11 @@ def demo(
     quiet()
     from rich.console import Console
 
-    from ptune.backbone import Backbone
     from ptune.cli.progress import ProgressReporter
     from ptune.demonstration import SENTENCE, best_hand_written, demo_config, demo_records
-    from ptune.engine import Engine
-    from ptune.training import train
+    from ptune.engine.engine import Engine
+    from ptune.models.backbone import Backbone
+    from ptune.training.train import train
 
     console = Console(highlight=False, soft_wrap=True)
     backbone = Backbone.load("mini")

@@ -52,9 +52,9 @@ def evaluate(
     from rich.table import Column, Table
 
     from ptune.cli.progress import format_value
-    from ptune.data import has_split, load_records
-    from ptune.engine import Engine
+    from ptune.engine.engine import Engine
     from ptune.files import write_json
+    from ptune.records.data import has_split, load_records
 
     _check_split(data, split)
     if split is None:
@@ -123,9 +123,9 @@ def predict(
     from ptune.cli.quiet import quiet
 
     quiet()
-    from ptune.data import load_records, looks_like_a_source
-    from ptune.engine import Engine
+    from ptune.engine.engine import Engine
     from ptune.files import write_text
+    from ptune.records.data import load_records, looks_like_a_source
 
     is_text = not (Path(data).exists() or looks_like_a_source(data))
     records: list[Any] = []
@@ -162,8 +162,8 @@ def _named(prompts: Path, records: Sequence[Mapping[str, Any]], column: str) -> 
         DataError: a record names none, or there are no records.
         SoftPromptError: there is no such soft prompt.
     """
-    from ptune.filling import location
-    from ptune.library import Library
+    from ptune.rendering.filling import location
+    from ptune.soft_prompts.library import Library
 
     if not records:
         raise DataError("there are no records to answer")

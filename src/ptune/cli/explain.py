@@ -6,9 +6,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ptune.backbone import Backbone
-    from ptune.candidates import SearchConfig
-    from ptune.config import ModelConfig, RunConfig
+    from ptune.config.candidates import SearchConfig
+    from ptune.config.run import ModelConfig, RunConfig
+    from ptune.models.backbone import Backbone
 
 
 def explain_run(config: RunConfig) -> None:
@@ -18,8 +18,8 @@ def explain_run(config: RunConfig) -> None:
 
 def explain_search(config: RunConfig, settings: SearchConfig) -> None:
     """Print what is known of a search before it begins; nothing is written."""
-    from ptune.candidates import candidates_of
-    from ptune.searching import check_searchable
+    from ptune.config.candidates import candidates_of
+    from ptune.training.search import check_searchable
 
     candidates = candidates_of(config, settings)
     check_searchable(config)
@@ -28,7 +28,7 @@ def explain_search(config: RunConfig, settings: SearchConfig) -> None:
 
 def _precision(settings: ModelConfig, backbone: Backbone) -> str:
     """Return a line on the dtype of the backbone and why it has that one."""
-    from ptune.precision import precision_for
+    from ptune.pretrained.precision import precision_for
 
     why = precision_for(settings.dtype, backbone.device, backbone.model.config.get_text_config().hidden_size).why
     rounded = f", weights of {settings.quantization}" if isinstance(settings.quantization, str) else ""
@@ -39,11 +39,11 @@ def _explain(configs: list[RunConfig]) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from ptune.assembly import assemble, read_records
-    from ptune.backbone import Backbone
-    from ptune.checkpoint import random_state, set_random_state
-    from ptune.explanation import explain
-    from ptune.learner import Learner
+    from ptune.models.backbone import Backbone
+    from ptune.training.assembly import assemble, read_records
+    from ptune.training.checkpoint import random_state, set_random_state
+    from ptune.training.explanation import explain
+    from ptune.training.learner import Learner
 
     records = read_records(configs[0])
     backbone, before = Backbone.load(configs[0].model), random_state()

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from ptune.cli.evaluate import column_mapping
 from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
 from ptune.cli.unused import refuse_unused
+from ptune.config.mistakes import said_of
 from ptune.errors import ConfigError
-from ptune.mistakes import said_of
 
 if TYPE_CHECKING:
-    from ptune.chat import Chat
-    from ptune.generation import GenerationOptions
+    from ptune.engine.chat import Chat
+    from ptune.generation.generate import GenerationOptions
 
 
 def generate(
@@ -61,8 +61,8 @@ def generate(
     from ptune.cli.quiet import quiet
 
     quiet()
-    from ptune.chat import Chat
-    from ptune.engine import Engine
+    from ptune.engine.chat import Chat
+    from ptune.engine.engine import Engine
 
     with Engine.for_prompt(prompt, model, **loading(device, dtype, trust_remote_code)) as engine:
         (name,) = engine.prompts
@@ -98,7 +98,7 @@ def generate(
 
 
 def _options(**values: Any) -> GenerationOptions:
-    from ptune.generation import GenerationOptions
+    from ptune.generation.generate import GenerationOptions
 
     try:
         return GenerationOptions(**values)

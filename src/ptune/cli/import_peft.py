@@ -18,16 +18,16 @@ def import_peft(
     model: Annotated[str | None, typer.Option(help="The backbone; as the config says where absent.")] = None,
 ) -> None:
     """Make a soft prompt of an adapter that PEFT has trained by P-tuning or prompt tuning."""
-    from ptune.config_file import load_config
+    from ptune.config.file import load_config
 
     settings = load_config(config, {"model.name": model} if model is not None else {})
     from ptune.cli.quiet import quiet
 
     quiet()
-    from ptune.assembly import template_for
-    from ptune.backbone import Backbone
     from ptune.errors import OutputError
-    from ptune.soft_prompt import import_peft as read
+    from ptune.models.backbone import Backbone
+    from ptune.soft_prompts.soft_prompt import import_peft as read
+    from ptune.training.assembly import template_for
 
     if (output / "ptune.json").exists():
         raise OutputError(f'"{output}" holds another soft prompt; choose another --output')

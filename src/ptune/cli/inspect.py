@@ -48,7 +48,7 @@ def inspect(
 
 
 def _inspect_data(config: Path | None, rest: list[str], model: str | None, data: str | None, count: int) -> None:
-    from ptune.config_file import load_config
+    from ptune.config.file import load_config
 
     if config is None:
         raise ConfigError("ptune inspect data needs a config file: ptune inspect data CONFIG.yaml")
@@ -61,11 +61,11 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     from rich.markup import escape
     from rich.text import Text
 
-    from ptune.assembly import build_task, read_records, template_for
-    from ptune.backbone import Backbone
-    from ptune.preview import preview
-    from ptune.task_config import head_outputs
+    from ptune.config.task import head_outputs
+    from ptune.models.backbone import Backbone
+    from ptune.rendering.preview import preview
     from ptune.tasks import completed
+    from ptune.training.assembly import build_task, read_records, template_for
 
     backbone = Backbone.load(settings.model)
     template = template_for(settings, backbone)
@@ -152,10 +152,10 @@ def _inspect_prompt(folder: Path, model: str | None, count: int, *, as_json: boo
     from rich.markup import escape
     from rich.table import Table
 
-    from ptune.backbone import Backbone
     from ptune.errors import BackboneError
-    from ptune.nearest_words import nearest_words
-    from ptune.soft_prompt import SoftPrompt
+    from ptune.models.backbone import Backbone
+    from ptune.soft_prompts.nearest_words import nearest_words
+    from ptune.soft_prompts.soft_prompt import SoftPrompt
 
     console = Console(highlight=False, soft_wrap=True)
     prompt = SoftPrompt.load(folder)

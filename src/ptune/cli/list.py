@@ -22,7 +22,7 @@ def list_prompts(
     from rich.table import Table
 
     from ptune.cli.progress import format_value
-    from ptune.library import read_library
+    from ptune.soft_prompts.library import read_library
 
     entries = read_library(folder)
     table = Table("soft prompt", "task", "backbone", "tokens", "dev score", "size", "date", box=None)

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ptune.config.mistakes import said_of
 from ptune.errors import ConfigError, MissingExtraError
-from ptune.mistakes import said_of
 
 _LOOPBACK = ("localhost", "127.", "::1")
 _KEEP_ALIVE = 75

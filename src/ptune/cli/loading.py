@@ -22,9 +22,9 @@ def loading(device: str, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
     """
     from pydantic import ValidationError
 
-    from ptune.config import ModelConfig
+    from ptune.config.mistakes import said_of
+    from ptune.config.run import ModelConfig
     from ptune.errors import ConfigError
-    from ptune.mistakes import said_of
 
     settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     try:

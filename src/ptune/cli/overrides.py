@@ -22,7 +22,7 @@ def run_overrides(
     Raises:
         ConfigError: as `parse_overrides`; or a setting is given by its short option and by its name.
     """
-    from ptune.config_file import parse_overrides
+    from ptune.config.file import parse_overrides
 
     overrides = parse_overrides(arguments)
     for option, value, name in (("model", model, "model.name"), ("data", data, "data.train")):

@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ptune.assembly import Parts
-from ptune.checkpoint import Progress as RunProgress
-from ptune.comparison import Comparison
-from ptune.config import RunConfig
-from ptune.filling import field_text
-from ptune.reporting import Reporter
-from ptune.sharding import numbers_held
-from ptune.soft_prompt import SoftPrompt
+from ptune.config.run import RunConfig
+from ptune.pretrained.sharding import numbers_held
+from ptune.rendering.filling import field_text
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Assessment
+from ptune.training.assembly import Parts
+from ptune.training.checkpoint import Progress as RunProgress
+from ptune.training.comparison import Comparison
+from ptune.training.reporting import Reporter
 
 _PERCENT = {"accuracy", "macro_f1", "micro_f1", "exact_match", "prediction_share", "token_accuracy", "parsed"}
 _PERCENT |= {"f1", "precision", "recall", "entity_f1", "entity_precision", "entity_recall"}

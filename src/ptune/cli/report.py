@@ -23,13 +23,13 @@ def report(
     from ptune.cli.quiet import quiet
 
     quiet()
-    from ptune.backbone import Backbone
     from ptune.errors import BackboneError
     from ptune.files import write_text
-    from ptune.nearest_words import nearest_words
-    from ptune.pictures import check_matplotlib
-    from ptune.report import read_story, report_page
-    from ptune.soft_prompt import SoftPrompt
+    from ptune.models.backbone import Backbone
+    from ptune.reports.page import read_story, report_page
+    from ptune.reports.pictures import check_matplotlib
+    from ptune.soft_prompts.nearest_words import nearest_words
+    from ptune.soft_prompts.soft_prompt import SoftPrompt
 
     check_matplotlib()
     loaded = SoftPrompt.load(prompt)

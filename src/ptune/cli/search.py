@@ -41,8 +41,8 @@ def search(
     Every combination of the varied settings is a candidate. Any setting of the file can be given by its name, as in
     `--training.max_steps 300`. docs/search.md has the rest.
     """
-    from ptune.candidates import load_search, parse_vary
     from ptune.cli.quiet import quiet
+    from ptune.config.candidates import load_search, parse_vary
 
     overrides = run_overrides(context.args, model=model, data=data, output=output)
     if explain:
@@ -63,9 +63,9 @@ def search(
     from rich.markup import escape
 
     from ptune.cli.search_progress import SearchProgress
-    from ptune.run_folder import CANDIDATES
-    from ptune.searching import search as search_for
-    from ptune.stopping import Stopped
+    from ptune.training.run_folder import CANDIDATES
+    from ptune.training.search import search as search_for
+    from ptune.training.stopping import Stopped
 
     try:
         with SearchProgress() as reporter:

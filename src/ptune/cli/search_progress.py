@@ -11,14 +11,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ptune.assembly import Parts
-from ptune.candidates import Candidate
-from ptune.checkpoint import Progress as RunProgress
 from ptune.cli.progress import format_value, print_comparison
-from ptune.comparison import Comparison
-from ptune.reporting import SearchReporter
-from ptune.soft_prompt import SoftPrompt
+from ptune.config.candidates import Candidate
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Assessment
+from ptune.training.assembly import Parts
+from ptune.training.checkpoint import Progress as RunProgress
+from ptune.training.comparison import Comparison
+from ptune.training.reporting import SearchReporter
 
 
 class SearchProgress(SearchReporter):

@@ -129,7 +129,7 @@ def _serve_here(
     from ptune.cli.quiet import quiet
 
     quiet()
-    from ptune.config import ModelConfig
+    from ptune.config.run import ModelConfig
     from ptune.serve.app import create_app
     from ptune.serve.security import read_tokens
     from ptune.serve.settings import ServeSettings
@@ -140,7 +140,7 @@ def _serve_here(
     tokens = read_tokens(tokens_file)
     log = json_log(__name__)
     listening = listen(host, port)
-    from ptune.engine import Engine
+    from ptune.engine.engine import Engine
 
     with listening, Engine(loading) as engine:
         run(create_app(engine, prompts, settings, tokens), listening, drain, len(tokens), log, backbone=loading.name)

@@ -12,8 +12,8 @@ from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ptune.config import RunConfig
-    from ptune.soft_prompt import SoftPrompt
+    from ptune.config.run import RunConfig
+    from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 
 def train(
@@ -44,7 +44,7 @@ def train(
     unique, `--learning-rate 0.003`; docs/configuration.md lists them all.
     """
     from ptune.cli.quiet import quiet
-    from ptune.config_file import load_config
+    from ptune.config.file import load_config
 
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite begins anew; give one of the two")
@@ -70,7 +70,7 @@ def train(
         for each in settings:
             explain_run(each)
         return
-    from ptune.stopping import Stopped
+    from ptune.training.stopping import Stopped
 
     try:
         if seeds > 1:
@@ -88,7 +88,7 @@ def train(
 
 def _train(config: RunConfig, **options: Any) -> SoftPrompt:
     from ptune.cli.progress import ProgressReporter
-    from ptune.training import train as run
+    from ptune.training.train import train as run
 
     with ProgressReporter() as reporter:
         return run(config, reporter=reporter, **options)
@@ -98,7 +98,7 @@ def _train_in_turn(configs: list[RunConfig], *, resume: bool, overwrite: bool) -
     from rich.console import Console
     from rich.markup import escape
 
-    from ptune.series import check_series, may_resume, with_backbones
+    from ptune.training.series import check_series, may_resume, with_backbones
 
     check_series(configs, resume=resume, overwrite=overwrite)
     prompts = []
@@ -115,7 +115,7 @@ def _train_seeds(config: RunConfig, count: int, *, resume: bool, overwrite: bool
     from rich.table import Table
 
     from ptune.cli.progress import format_value
-    from ptune.series import spread, under_seeds
+    from ptune.training.series import spread, under_seeds
 
     configs = under_seeds(config, count)
     prompts = _train_in_turn(configs, resume=resume, overwrite=overwrite)

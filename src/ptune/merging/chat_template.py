@@ -1,4 +1,4 @@
-"""The chat template of a merged model: `rendering.Renderer` said in Jinja, for one task or for many.
+"""The chat template of a merged model: the `Renderer` said in Jinja, for one task or for many.
 
 What a record puts in is stripped and joined as `filling.filled` does it, and text between two runs of virtual tokens is
 one string, so that the tokenizer, which cuts a text at special tokens, sees what ptune's own rendering shows it. Only
@@ -7,8 +7,9 @@ filters and slices are used, no methods of Python's strings, for engines that ar
 A text that spells the name of a virtual token would become it: names begin with a mark that no text has by chance, and
 in what a user says the mark is broken by a blank.
 
-A conversation goes on as in `ptune.rendering`: the first turn carries the virtual tokens, and an answer that is not the
-last ends as it did in training. Cutting at ``max_length`` is not done. Knows templates, and nothing of models or files.
+A conversation goes on as in `ptune.rendering.renderer`: the first turn carries the virtual tokens, and an answer that
+is not the last ends as it did in training. Cutting at ``max_length`` is not done. Knows templates, and nothing of
+models or files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from itertools import groupby
 from keyword import iskeyword
 from typing import TypeAlias
 
-from ptune.further import Further
+from ptune.rendering.further import Further
 from ptune.template import Answer, Bos, Field, Optional, Piece, Template, Text, Virtual
 
 _RESERVED = {

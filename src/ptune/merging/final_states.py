@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED, Row, collate
-from ptune.generation import GenerationOptions, generate
+from ptune.generation.generate import GenerationOptions, generate
+from ptune.models.backbone import Backbone
+from ptune.rendering.batch import IGNORED, Row, collate
 
 WRITTEN = 32
 """Tokens that the model writes behind each start."""

@@ -19,13 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.backbone import Backbone
-from ptune.config import ModelConfig
-from ptune.engine import Engine
+from ptune.config.run import ModelConfig
+from ptune.engine.engine import Engine
 from ptune.errors import BackboneError, SoftPromptError
 from ptune.families import CAUSAL
 from ptune.files import read_json, write_json, write_text
-from ptune.fingerprint import same_backbone
 from ptune.merging.chat_template import TaskShape, Words, chat_template
 from ptune.merging.folder import DESCRIPTION, check_place, write_folder
 from ptune.merging.model_files import ModelFiles, end_ids, source_folder
@@ -42,7 +40,9 @@ from ptune.merging.tokenizer_files import (
     token_names,
     write_chat_template,
 )
-from ptune.soft_prompt import SoftPrompt
+from ptune.models.backbone import Backbone
+from ptune.pretrained.fingerprint import same_backbone
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 _MULTIPLE = 64
 """Rows come in multiples of this, as kernels like them, where any have to be appended."""

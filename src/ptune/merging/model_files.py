@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptune.backbone import MINI, Backbone
 from ptune.errors import BackboneError
 from ptune.files import read_json, write_json
 from ptune.merging.tensor_files import FLOATS, TensorFile
-from ptune.virtual_tokens import input_matrix
+from ptune.models.backbone import Backbone
+from ptune.pretrained.loading import MINI
+from ptune.prompts.virtual_tokens import input_matrix
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".safetensors", ".index.json")

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptune.backbone import Backbone
 from ptune.errors import BackboneError
 from ptune.merging.final_states import Positions, behind_head, read, write
 from ptune.merging.tokenizer_files import opening_ids
+from ptune.models.backbone import Backbone
 
 LIMIT = 1e-6
 """Most summed probability of all virtual tokens at any position, and on the mean where no row keeps to that."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ptune.errors import BackboneError
 from ptune.merging.chat_template import kwarg_of
-from ptune.rendering import Renderer
+from ptune.rendering.renderer import Renderer
 from ptune.template import Template
 
 _TEXTS = (

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED, Row, collate
-from ptune.engine import Engine
+from ptune.engine.engine import Engine
 from ptune.errors import BackboneError, SoftPromptError
-from ptune.fingerprint import sampled_ids
-from ptune.virtual_tokens import input_matrix
+from ptune.models.backbone import Backbone
+from ptune.pretrained.fingerprint import sampled_ids
+from ptune.prompts.virtual_tokens import input_matrix
+from ptune.rendering.batch import IGNORED, Row, collate
 
 _BATCH = 8
 

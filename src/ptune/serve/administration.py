@@ -21,8 +21,8 @@ from ptune.errors import OutputError, SoftPromptError
 from ptune.serve.protocol import Model, Removed, Upload
 from ptune.serve.refusals import RefusedError, internal_error, unknown_model
 from ptune.serve.service import Service
-from ptune.soft_prompt import SoftPrompt
-from ptune.soft_prompt_files import DESCRIPTION, TENSORS, remove_soft_prompt
+from ptune.soft_prompts.files import DESCRIPTION, TENSORS, remove_soft_prompt
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 _log = logging.getLogger(__name__)
 

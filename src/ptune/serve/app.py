@@ -10,7 +10,7 @@ from fastapi import FastAPI, Security
 from fastapi.security import HTTPBearer
 
 from ptune import __version__
-from ptune.engine import Engine
+from ptune.engine.engine import Engine
 from ptune.serve.administration import administration_routes
 from ptune.serve.face import ERRORS, surround
 from ptune.serve.operation import operation_routes

@@ -1,7 +1,8 @@
 """How a request becomes the ids that the model reads: a text or a conversation, by a soft prompt's template or bare.
 
 A text, and a conversation's last message, stand in the template's first field, that of a system message apart; other
-fields come by name. Earlier turns stand before it as `ptune.rendering` has it in training. Knows no HTTP but refusals.
+fields come by name. Earlier turns stand before it as `ptune.rendering.renderer` has it in training. Knows no HTTP but
+refusals.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from ptune.conversations import Exchange
 from ptune.errors import did_you_mean
-from ptune.readers import Record
-from ptune.rendering import Renderer
+from ptune.records.conversations import Exchange
+from ptune.records.readers import Record
+from ptune.rendering.renderer import Renderer
 from ptune.serve.refusals import RefusedError
 
 Message = tuple[str, str]

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from ptune.errors import SoftPromptError
-from ptune.rendering import Renderer
+from ptune.rendering.renderer import Renderer
 from ptune.serve.contexts import chat_context, completion_context
 from ptune.serve.posted import COMPLETIONS, AsChatEvents, Body, Posted, as_chat, refused_choosing, sampled
 from ptune.serve.prompts import PromptFolder, Served
 from ptune.serve.protocol import ChatRequest, CompletionRequest, Sampling
 from ptune.serve.refusals import RefusedError, unusable_model
 from ptune.serve.stored_backbone import StoredBackbone
-from ptune.soft_prompt import SoftPrompt
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.template import Template
 
 _log = logging.getLogger(__name__)

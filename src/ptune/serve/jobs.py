@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
-from ptune.answers import Answer, Listener
-from ptune.engine import Engine, LoadedPrompt
-from ptune.sampling import Generated, GenerationOptions, TokenLogprob
+from ptune.engine.engine import Engine, LoadedPrompt
+from ptune.generation.answers import Answer, Listener
+from ptune.generation.sampling import Generated, GenerationOptions, TokenLogprob
 from ptune.serve.contexts import context_of
 from ptune.serve.prompts import Served
 from ptune.serve.refusals import check_path

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ptune.sampling import TokenLogprob
+from ptune.generation.sampling import TokenLogprob
 from ptune.serve.protocol import ChatLogprobs, CompletionLogprobs, TokenAlternative, TokenEntry
 
 _WINDOW = 8  # tokens before one that may change how it is spelt

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ptune.sampling import GenerationOptions
+from ptune.generation.sampling import GenerationOptions
 from ptune.serve.protocol import Sampling
 from ptune.serve.refusals import RefusedError
 

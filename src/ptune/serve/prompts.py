@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ptune.engine import Engine, LoadedPrompt
+from ptune.engine.engine import Engine, LoadedPrompt
 from ptune.errors import ConfigError, SoftPromptError
-from ptune.library import folders_in
 from ptune.serve.metrics import Metrics
 from ptune.serve.refusals import unknown_model, unusable_model
-from ptune.soft_prompt_files import DESCRIPTION, read_description
+from ptune.soft_prompts.files import DESCRIPTION, read_description
+from ptune.soft_prompts.library import folders_in
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count()

@@ -77,7 +77,7 @@ class Sampling(Body):
         return self
 
     def options(self) -> dict[str, Any]:
-        """Return settings of `ptune.sampling.GenerationOptions`, but for the length.
+        """Return settings of `ptune.generation.sampling.GenerationOptions`, but for the length.
 
         Requests that ask for the same come out equal, so that they can share a batch.
         """
@@ -108,7 +108,7 @@ class CompletionRequest(Sampling):
     suffix: Annotated[str | None, _only(None, "is not offered here")] = None
 
     def options(self) -> dict[str, Any]:
-        """Return settings of `ptune.sampling.GenerationOptions`, but for the length."""
+        """Return settings of `ptune.generation.sampling.GenerationOptions`, but for the length."""
         told = {} if self.logprobs is None else {"logprobs": True, "top_logprobs": self.logprobs}
         return super().options() | told
 
@@ -153,7 +153,7 @@ class ChatRequest(Sampling):
         return self
 
     def options(self) -> dict[str, Any]:
-        """Return settings of `ptune.sampling.GenerationOptions`, but for the length."""
+        """Return settings of `ptune.generation.sampling.GenerationOptions`, but for the length."""
         told = {"logprobs": True, "top_logprobs": self.top_logprobs or 0} if self.logprobs else {}
         return super().options() | told
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from ptune.engine import LoadedPrompt
-from ptune.generation import Generated
+from ptune.engine.engine import LoadedPrompt
+from ptune.generation.generate import Generated
 from ptune.serve.contexts import check_field, context_of, record_of
 from ptune.serve.jobs import Scored, Scoring, Writing, Written
 from ptune.serve.prompts import Served

@@ -14,9 +14,9 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from ptune.engine import Engine
+from ptune.engine.engine import Engine
 from ptune.errors import PtuneError
-from ptune.generation import Writer
+from ptune.generation.generate import Writer
 from ptune.serve.jobs import Job, Reading, Writing
 from ptune.serve.metrics import Metrics
 from ptune.serve.prompts import VersionsInMemory

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import Request
 
-from ptune.engine import Engine
+from ptune.engine.engine import Engine
 from ptune.serve.jobs import Job, Piece, Scored, Written
 from ptune.serve.metrics import Metrics
 from ptune.serve.prompts import PromptFolder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from ptune.settings import Settings
+from ptune.config.settings import Settings
 
 
 class ServeSettings(Settings):

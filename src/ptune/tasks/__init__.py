@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ptune.backbone import Backbone
-from ptune.linear_head import LinearHead, head_from, head_tensors
-from ptune.rendering import Overlong, Renderer
-from ptune.settings import Settings
-from ptune.task_config import (
+from ptune.config.settings import Settings
+from ptune.config.task import (
     ChoiceConfig,
     ClassificationConfig,
     ExtractionConfig,
@@ -18,6 +15,9 @@ from ptune.task_config import (
     TaggingConfig,
     check_task_template,
 )
+from ptune.models.backbone import Backbone
+from ptune.prompts.linear_head import LinearHead, head_from, head_tensors
+from ptune.rendering.renderer import Overlong, Renderer
 from ptune.tasks.choice import Choice
 from ptune.tasks.classification import Classification
 from ptune.tasks.extraction import Extraction

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.batch import IGNORED, Row
+from ptune.config.settings import label_text
+from ptune.config.task import ChoiceConfig
 from ptune.errors import DataError, did_you_mean
 from ptune.families import MASKED
-from ptune.filling import field_text, location
-from ptune.losses import at_least_float32
-from ptune.rendering import Renderer
-from ptune.settings import label_text
-from ptune.task_config import ChoiceConfig
+from ptune.pretrained.losses import at_least_float32
+from ptune.rendering.batch import IGNORED, Row
+from ptune.rendering.filling import field_text, location
+from ptune.rendering.renderer import Renderer
 from ptune.tasks.scoring import ScoringTask
 
 

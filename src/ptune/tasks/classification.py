@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.backbone import Backbone
-from ptune.batch import Row
+from ptune.config.settings import label_text
+from ptune.config.task import ClassificationConfig
 from ptune.errors import ConfigError, DataError, did_you_mean
 from ptune.families import MASKED
-from ptune.filling import field_text, location
-from ptune.losses import at_least_float32
-from ptune.rendering import Renderer
-from ptune.settings import label_text
-from ptune.task_config import ClassificationConfig
+from ptune.models.backbone import Backbone
+from ptune.pretrained.losses import at_least_float32
+from ptune.rendering.batch import Row
+from ptune.rendering.filling import field_text, location
+from ptune.rendering.renderer import Renderer
 from ptune.tasks.label_reading import masked_reading, trie_reading
 from ptune.tasks.scoring import ScoringTask
 from ptune.tasks.task import answer_value

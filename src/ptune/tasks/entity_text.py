@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ptune.filling import joined
+from ptune.rendering.filling import joined
 from ptune.tasks.spans import Span
 
 _BEHIND_TYPE = ":"

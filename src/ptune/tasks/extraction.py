@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ptune.backbone import Backbone
+from ptune.config.task import ExtractionConfig
 from ptune.errors import DataError, did_you_mean
-from ptune.filling import location
-from ptune.generation import Generated
-from ptune.rendering import Renderer
-from ptune.task_config import ExtractionConfig
+from ptune.generation.generate import Generated
+from ptune.models.backbone import Backbone
+from ptune.rendering.filling import location
+from ptune.rendering.renderer import Renderer
 from ptune.tasks.entity_text import EntityText, Passage, Reading
 from ptune.tasks.generation import Generation
 from ptune.tasks.spans import Span, scheme_of, spans_of

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.backbone import Backbone
-from ptune.batch import Row, collate
+from ptune.config.task import ExtractionConfig, GenerationConfig
 from ptune.errors import ConfigError, DataError, MissingExtraError, did_you_mean
-from ptune.filling import location
-from ptune.generation import Generated, GenerationOptions, generate
-from ptune.readers import Record
-from ptune.rendering import Renderer
-from ptune.task_config import ExtractionConfig, GenerationConfig
+from ptune.generation.generate import Generated, GenerationOptions, generate
+from ptune.models.backbone import Backbone
+from ptune.records.readers import Record
+from ptune.rendering.batch import Row, collate
+from ptune.rendering.filling import location
+from ptune.rendering.renderer import Renderer
 from ptune.tasks.reading import in_batches
 from ptune.tasks.task import Asked, Example, Task
 

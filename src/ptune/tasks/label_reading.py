@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.batch import IGNORED, Row
-from ptune.rendering import Renderer
+from ptune.rendering.batch import IGNORED, Row
+from ptune.rendering.renderer import Renderer
 
 
 @dataclass(frozen=True)

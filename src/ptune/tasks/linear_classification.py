@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptune.batch import IGNORED, Row
+from ptune.config.settings import label_text
+from ptune.config.task import LinearClassificationConfig
 from ptune.errors import ConfigError, DataError, did_you_mean
 from ptune.families import MASKED
-from ptune.filling import location
-from ptune.rendering import Renderer
-from ptune.settings import label_text
-from ptune.task_config import LinearClassificationConfig
+from ptune.rendering.batch import IGNORED, Row
+from ptune.rendering.filling import location
+from ptune.rendering.renderer import Renderer
 from ptune.tasks.metrics import average_f1s
 from ptune.tasks.scoring import ScoringTask
 from ptune.tasks.task import Assessment, Example, answer_value

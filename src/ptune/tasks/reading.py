@@ -1,7 +1,7 @@
 """What tasks share that answer a record by one forward pass, read at some places of its rows.
 
 What is read there is logits, or the last layer's hidden states where a linear head makes scores of them. Rows of any
-tasks that read the same can share a pass (`ptune.mixed_batches`).
+tasks that read the same can share a pass (`ptune.engine.mixed_batches`).
 
 Shapes: S places read, V rows of the backbone's input matrix, C outputs of a linear head, H width of hidden states.
 """
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.backbone import Backbone
-from ptune.batch import Row, collate
+from ptune.models.backbone import Backbone
+from ptune.rendering.batch import Row, collate
 from ptune.tasks.task import Asked, Forward, Task
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptune.backbone import Backbone
-from ptune.batch import Row
-from ptune.losses import at_least_float32
+from ptune.models.backbone import Backbone
+from ptune.pretrained.losses import at_least_float32
+from ptune.rendering.batch import Row
 from ptune.tasks.calibration import calibration_error, reliability
 from ptune.tasks.metrics import confusion, macro_f1, micro_f1
 from ptune.tasks.reading import ReadingTask, in_batches

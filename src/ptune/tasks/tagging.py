@@ -1,8 +1,8 @@
 """Tagging: every word has a tag, read by a linear head at the word's first token; entities are runs of tags.
 
 Deep prompts with such a head are P-tuning v2 for named entities (Liu et al. 2022). The words are given as a list, and
-the template has a field for it; see `ptune.words` for how they become tokens. A word that is cut away, or tokenises to
-nothing, counts as O, and is counted.
+the template has a field for it; see `ptune.rendering.words` for how they become tokens. A word that is cut away, or
+tokenises to nothing, counts as O, and is counted.
 
 Shapes: N words read, C tags, H width of hidden states.
 """
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptune.backbone import Backbone
-from ptune.batch import IGNORED, Row
+from ptune.config.settings import label_text
+from ptune.config.task import TAG, TaggingConfig, scheme_mistake
 from ptune.errors import ConfigError, DataError, MissingExtraError, TemplateError, did_you_mean
 from ptune.families import ENCODER_DECODER, MASKED
-from ptune.filling import location
-from ptune.rendering import Renderer
-from ptune.settings import label_text
-from ptune.task_config import TAG, TaggingConfig, scheme_mistake
+from ptune.models.backbone import Backbone
+from ptune.rendering.batch import IGNORED, Row
+from ptune.rendering.filling import location
+from ptune.rendering.renderer import Renderer
+from ptune.rendering.words import spelled_out, split_text, tokenised_words
 from ptune.tasks.reading import ReadingTask, in_batches
 from ptune.tasks.spans import plain_tag, spans_of
 from ptune.tasks.task import Asked, Example, answer_value
 from ptune.template import Field, Virtual
-from ptune.words import spelled_out, split_text, tokenised_words
 
 _OUTSIDE = "O"
 

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ptune.backbone import Backbone
-from ptune.batch import Row
+from ptune.config.settings import Settings
 from ptune.errors import DataError, did_you_mean
-from ptune.filling import location
-from ptune.linear_head import LinearHead
-from ptune.rendering import Renderer
-from ptune.settings import Settings
+from ptune.models.backbone import Backbone
+from ptune.prompts.linear_head import LinearHead
+from ptune.rendering.batch import Row
+from ptune.rendering.filling import location
+from ptune.rendering.renderer import Renderer
 from ptune.tasks.calibration import Bin
 
 
@@ -126,7 +126,7 @@ class Task(ABC):
     """A task bound to a template, a tokenizer and the ids of its virtual tokens.
 
     Attributes:
-        head: the trained linear head of a task that asks for one (`ptune.task_config.head_outputs`), set by whoever
+        head: the trained linear head of a task that asks for one (`ptune.config.task.head_outputs`), set by whoever
             has it; None for others.
         max_tokens: most tokens of a pass in which records are answered or scored, padding included, set by whoever has
             a limit; None for none. A record that alone has more is a pass of its own. Answers are the same.

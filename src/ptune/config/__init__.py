@@ -1,0 +1,1 @@
+"""Settings, typed and checked, with no model and no data at hand."""

@@ -1,0 +1,1 @@
+"""Virtual tokens for scripts that hold a `transformers.Trainer`."""

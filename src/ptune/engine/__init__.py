@@ -1,0 +1,1 @@
+"""One backbone that answers by many soft prompts."""

@@ -1,0 +1,1 @@
+"""Texts written behind contexts with virtual tokens."""

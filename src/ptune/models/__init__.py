@@ -1,0 +1,1 @@
+"""A frozen model that knows virtual tokens, and the same with a prompt encoder."""

@@ -1,0 +1,1 @@
+"""What is trained: virtual tokens, and the encoders that give them."""

@@ -1,0 +1,1 @@
+"""A record in a template to a row of ids, and rows to batches."""

@@ -1,0 +1,114 @@
+"""A template's words with a record's fields filled in: text in, one string out.
+
+What a record puts in at one place, neighbouring fields and optional pieces taken together, loses the blanks at its two
+ends; those between its fields stay. Knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from ptune.config.settings import label_text
+from ptune.errors import DataError, did_you_mean
+from ptune.template import Field, Optional, Template, Text
+
+WITHOUT_BLANKS = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff00-\uffef]")
+"""A character of a script that writes no blanks between words."""
+
+
+def filled(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:
+    """Return words with fields filled in and empty optional pieces left out."""
+    text = ""
+    for _, group in groupby(pieces, key=lambda piece: isinstance(piece, Text)):
+        together = list(group)
+        text += "".join(p.text for p in together if isinstance(p, Text)) or _put_in(together, values)
+    return text
+
+
+def record_of_text(template: Template, text: str, others: Mapping[str, str], name: str) -> dict[str, str]:
+    """Return the record in which a text stands for the template's first field, that of a system message apart.
+
+    Args:
+        template: whose fields are filled.
+        text: of the first field.
+        others: further fields; optional ones may be absent, and are then empty.
+        name: of the soft prompt, for messages.
+
+    Raises:
+        DataError: the template has no field, needs more of them, has none of a given name, or the text's own is given.
+    """
+    fields, question = template.fields, template.question_field
+    if question is None:
+        raise DataError(f'the template of "{name}" has no field for a text; give records to predict()')
+    listed = f"it has {', '.join(fields)}"
+    unknown = [field for field in others if field not in fields]
+    if unknown:
+        raise DataError(
+            f'the template of "{name}" has no field "{unknown[0]}"; {listed}.{did_you_mean(unknown[0], fields)}'
+        )
+    if question in others:
+        raise DataError(f'the text stands for the field "{question}", which is given beside it; give one of the two')
+    known = (question, *template.optional_fields, *others)
+    needed = [field for field in fields if field not in known]
+    if needed:
+        raise DataError(f'the template of "{name}" needs {", ".join(needed)} beside its first field; {listed}')
+    return dict.fromkeys(fields, "") | {question: text} | dict(others)
+
+
+def _put_in(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:
+    """Return what a record puts in at one place: neighbouring fields, and optional pieces whose fields are filled."""
+    parts: list[Text | Field] = []
+    for piece in pieces:
+        if isinstance(piece, Field):
+            parts.append(piece)
+        elif isinstance(piece, Optional) and any(values[f.name].strip() for f in piece.pieces if isinstance(f, Field)):
+            parts += piece.pieces
+    texts = [part.text if isinstance(part, Text) else values[part.name] for part in parts]
+    for order, strip in ((range(len(parts)), str.lstrip), (range(len(parts) - 1, -1, -1), str.rstrip)):
+        for place in order:  # from this end as far as the first words, which keep their blanks
+            if isinstance(parts[place], Text):
+                break
+            texts[place] = strip(texts[place])
+            if texts[place]:
+                break
+    return "".join(texts)
+
+
+def field_text(record: Mapping[str, Any], name: str) -> str:
+    """Return a record's field as text; nothing where it lacks it.
+
+    Raises:
+        DataError: it holds something that is no text.
+    """
+    value = record.get(name)
+    if value is None:
+        return ""
+    if isinstance(value, (str, bool, int, float)):
+        return label_text(value)
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return joined(value)
+    raise DataError(
+        f'{location(record)}: the field "{name}" holds {type(value).__name__}, and a template takes text; '
+        "name a field of text, or write the text into one"
+    )
+
+
+def joined(words: Sequence[str]) -> str:
+    """Return words as one text: with blanks between them, but not between two Chinese or Japanese ones."""
+    text = ""
+    for word in words:
+        text += gap(text, word) + word
+    return text
+
+
+def gap(text: str, word: str) -> str:
+    """Return what stands between a text and a word that follows it: a blank, or nothing."""
+    return "" if not text or (WITHOUT_BLANKS.match(text[-1]) and WITHOUT_BLANKS.match(word)) else " "
+
+
+def location(record: Mapping[str, Any]) -> str:
+    """Return where a record stands, for messages."""
+    return getattr(record, "location", "a record")

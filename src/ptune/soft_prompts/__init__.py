@@ -1,0 +1,1 @@
+"""The trained result, and its files."""

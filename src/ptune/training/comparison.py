@@ -1,0 +1,106 @@
+"""How answers differ with and without the prompt: on the task, where they should, and off it, where they should not.
+
+The most repeated complaint about tuned prompts is that the model then speaks of nothing else, so every run
+ends with a look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+from ptune.generation.generate import GenerationOptions, generate
+from ptune.models.backbone import Backbone
+from ptune.records.data import Record
+from ptune.tasks import Extraction, Generation, Task
+from ptune.tasks.reading import ReadingTask
+from ptune.training.assembly import Parts
+
+_QUESTION = "Which animals live in the sea?"
+_NEW_TOKENS = 32
+_SCORED, _WRITTEN = 64, 8
+"""Held-out records that are answered both ways: texts take longer than labels."""
+_LEAST_SHIFT = 0.01
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many of some held-out answers the prompt changes, and an off-task question answered both ways.
+
+    Attributes:
+        changed: answers that differ from the bare model's.
+        total: answers compared.
+        shift: mean change of the answers' probabilities, of all labels together; None for free text and tags.
+        off_task: question, the bare model's answer, the answer with the prompt; None for tasks without free text.
+        by_head: a trained linear head gave the answers, those without the prompt too.
+    """
+
+    changed: int
+    total: int
+    shift: float | None = None
+    off_task: tuple[str, str, str] | None = None
+    by_head: bool = False
+
+    @property
+    def nothing_changed(self) -> bool:
+        """Whether the prompt does next to nothing."""
+        return self.changed == 0 and (self.shift is None or self.shift < _LEAST_SHIFT)
+
+    @property
+    def warning(self) -> str | None:
+        """What to say where the prompt does next to nothing; None where it does something."""
+        if not self.nothing_changed:
+            return None
+        if self.by_head:
+            return "the virtual tokens change none of the linear head's answers: the head may do without them"
+        return "the prompt changes no answer: train longer, or at another learning rate"
+
+
+def compare_with_bare_model(parts: Parts) -> Comparison | None:
+    """Answer some dev records, and one question that has nothing to do with them, with and without virtual tokens.
+
+    A linear head reads both, for without one there is no answer. Records of which nothing is left without virtual
+    tokens are passed over. None where nothing can be asked: where the template has no field, as for records that are
+    tokenised already, or no record is left.
+    """
+    task, backbone = parts.task, parts.prompted.backbone
+    if not task.renderer.template.fields:
+        return None
+    bare = task.with_renderer(task.renderer.without_virtual_tokens())
+    writes = isinstance(task, Generation)
+    askable = (record for record in parts.dev if _asks_anything(bare, record))
+    records = list(islice(askable, _WRITTEN if writes else _SCORED))
+    if not records:
+        return None
+    batch_size = 2 * parts.config.training.batch_size
+    with_prompt, without = (one.predict(backbone, records, batch_size=batch_size) for one in (task, bare))
+    pairs = list(zip(with_prompt, without, strict=True))
+    if writes:
+        changed = sum(one["text"] != other["text"] for one, other in pairs)
+        # entities are asked of a text that a record holds, so there is no question off the task
+        off_task = None if isinstance(task, Extraction) else _off_task(task, bare, backbone)
+        return Comparison(changed, len(records), off_task=off_task)
+    changed = sum(one[task.answer_key] != other[task.answer_key] for one, other in pairs)
+    by_head = isinstance(task, ReadingTask) and task.reads_states
+    if "probabilities" not in with_prompt[0]:
+        return Comparison(changed, len(records), by_head=by_head)
+    shifts = [
+        sum(abs(probability - other["probabilities"][label]) for label, probability in one["probabilities"].items()) / 2
+        for one, other in pairs
+    ]
+    return Comparison(changed, len(records), shift=sum(shifts) / len(shifts), by_head=by_head)
+
+
+def _asks_anything(bare: Task, record: Record) -> bool:
+    """Whether something is left to read of a record without virtual tokens."""
+    if isinstance(bare, ReadingTask):
+        return all(place >= 0 for row in bare.rows(record) for place in row.read_at)
+    return bool(bare.renderer.context(record))
+
+
+def _off_task(task: Task, bare: Task, backbone: Backbone) -> tuple[str, str, str]:
+    template = task.renderer.template
+    question = dict.fromkeys(template.fields, "") | {template.question_field or "": _QUESTION}
+    contexts = [one.renderer.question(question, _NEW_TOKENS) for one in (bare, task)]
+    answers = generate(backbone, contexts, GenerationOptions(max_new_tokens=_NEW_TOKENS))
+    return _QUESTION, answers[0].text, answers[1].text
