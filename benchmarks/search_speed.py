@@ -6,7 +6,9 @@
 The first form times steps on random weights and random texts of 24 to 64 tokens, ten virtual tokens. "behind" is a
 template whose virtual tokens stand behind the text, timed from the second epoch on, when contexts are kept; "in front"
 is timed from the second step on. Loading and what comes before the first step are counted apart, evaluations not at
-all. Both take turns in every round; the ratio is the median over rounds, with the least and the greatest.
+all. PEFT's steps are those of one candidate, the same rows as one padded batch behind its virtual tokens, optimizer
+included, times the candidates. All take turns in every round; ratios are medians over rounds, with the least and the
+greatest.
 
 The second form asks what a search buys: it is run as CONFIG says, and then the same candidates are trained alone, one
 after another, until the same wall clock is used up. Shown are the best dev metric of both and the candidates finished.
@@ -15,6 +17,7 @@ after another, until the same wall clock is used up. Shown are the best dev metr
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import random
@@ -26,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from train_speed import SMALL, VOCABULARY
+from train_speed import ENCODER_HIDDEN, SMALL, VOCABULARY, Peft
 from transformers import AutoTokenizer
 
 from ptune.config.candidates import SearchConfig, candidates_of, load_search, parse_vary
@@ -86,11 +89,29 @@ def run_config(template: str, steps: int, batch_size: int, output: Path) -> RunC
     return RunConfig.model_validate(
         {
             "task": {"type": "classification", "verbalizer": LABELS},
-            "prompt": {"template": template, "encoder": {"type": "mlp", "hidden_size": 1024}},
+            "prompt": {"template": template, "encoder": {"type": "mlp", "hidden_size": ENCODER_HIDDEN}},
             "training": {"max_steps": steps, "batch_size": batch_size, "evaluations": 1, "samples": 0},
             "output": str(output),
         }
     )
+
+
+class PeftCandidate:
+    """One of the candidates under PEFT, in a bare loop."""
+
+    def __init__(self, backbone: Backbone, records: list[dict[str, str]], batch_size: int) -> None:
+        tokenizer = backbone.tokenizer
+        self._peft = Peft(copy.deepcopy(backbone.model), 10, at_once=batch_size)
+        self._optimizer = torch.optim.AdamW(p for p in self._peft.model.parameters() if p.requires_grad)
+        rows = [(tokenizer(record["text"] + LABELS[record["label"]])["input_ids"], 1) for record in records]
+        self._batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+    def seconds(self, steps: int) -> float:
+        """Return what so many steps take."""
+        begun = time.perf_counter()
+        for step in range(steps):
+            self._peft.step(self._batches[step % len(self._batches)], self._optimizer)
+        return time.perf_counter() - begun
 
 
 def timed(arguments: argparse.Namespace, place: str, folder: Path) -> dict[str, Any]:
@@ -106,31 +127,33 @@ def timed(arguments: argparse.Namespace, place: str, folder: Path) -> dict[str, 
     config = run_config(TEMPLATES[place], first + arguments.steps, arguments.batch_size, folder / place)
     rates = tuple(0.001 * (number + 1) for number in range(arguments.candidates))
     settings = SearchConfig(vary={"training.learning_rate": rates}, halvings=0, limit=max(2, arguments.candidates))
-    together: list[tuple[float, float]] = []
-    apart: list[tuple[float, float]] = []
-    for number in range(arguments.rounds + 1):
+    theirs = PeftCandidate(backbone, records[0], arguments.batch_size)
+    rounds: list[dict[str, float]] = []
+    for _ in range(arguments.rounds + 1):
         clock = Clock()
         search(config, settings, backbone=backbone, records=records, reporter=clock, overwrite=True)
-        starts = steps = 0.0
+        seconds = {"start_together": clock.start(), "together": clock.steps(first), "start_apart": 0.0, "apart": 0.0}
         for candidate in candidates_of(config, settings):
             one = Clock()
             train(candidate.config, backbone=backbone, records=records, reporter=one, overwrite=True)
-            starts, steps = starts + one.start(), steps + one.steps(first)
-        if number:  # the first round warms up
-            together.append((clock.start(), clock.steps(first)))
-            apart.append((starts, steps))
-    ratios = [theirs / ours for (_, ours), (_, theirs) in zip(together, apart, strict=True)]
-    return {
-        "place": place,
-        "steps": arguments.steps,
-        "together": statistics.median(seconds for _, seconds in together),
-        "apart": statistics.median(seconds for _, seconds in apart),
-        "ratio": statistics.median(ratios),
-        "least": min(ratios),
-        "greatest": max(ratios),
-        "start_together": statistics.median(seconds for seconds, _ in together),
-        "start_apart": statistics.median(seconds for seconds, _ in apart),
-    }
+            seconds["start_apart"] += one.start()
+            seconds["apart"] += one.steps(first)
+        rounds.append(seconds | {"peft": arguments.candidates * theirs.seconds(arguments.steps)})
+    rounds = rounds[1:]  # the first warms up
+    medians = {name: statistics.median(seconds[name] for seconds in rounds) for name in rounds[0]}
+    return (
+        {"place": place, "steps": arguments.steps}
+        | medians
+        | {
+            f"times_{peer}": spread([seconds[peer] / seconds["together"] for seconds in rounds])
+            for peer in ("apart", "peft")
+        }
+    )
+
+
+def spread(ratios: list[float]) -> tuple[float, float, float]:
+    """Return median, least and greatest."""
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def quality(config: RunConfig, settings: SearchConfig, folder: Path) -> dict[str, Any]:
@@ -201,13 +224,16 @@ def main(arguments: list[str] | None = None) -> None:
             results = [timed(given, place, Path(folder)) for place in TEMPLATES]
             shape = given.model or f"{given.family}, V {VOCABULARY}"
             print(f"{given.candidates} candidates, {shape}, {given.dtype}, {given.rounds} rounds")
-            print("| prompt | at once, s | one after another, s | times | spread | start, s | starts, s |")
-            print("| --- | ---: | ---: | ---: | --- | ---: | ---: |")
+            print(
+                "| prompt | at once, s | one after another, s | times | PEFT, one after another, s | times "
+                "| start, s | starts, s |"
+            )
+            print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
             for row in results:
-                spread = f"{row['least']:.2f} to {row['greatest']:.2f}"
+                alone, peft = ("{:.2f} ({:.2f} to {:.2f})".format(*row[f"times_{peer}"]) for peer in ("apart", "peft"))
                 print(
-                    f"| {row['place']} | {row['together']:.2f} | {row['apart']:.2f} | {row['ratio']:.2f} | {spread} | "
-                    f"{row['start_together']:.2f} | {row['start_apart']:.2f} |"
+                    f"| {row['place']} | {row['together']:.2f} | {row['apart']:.2f} | {alone} | {row['peft']:.2f} | "
+                    f"{peft} | {row['start_together']:.2f} | {row['start_apart']:.2f} |"
                 )
     if given.json is not None:
         machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}

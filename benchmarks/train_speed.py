@@ -125,14 +125,16 @@ class Peft:
             self.model = get_peft_model(model, config)
         self.at_once = at_once
 
-    def step(self, rows: list[tuple[list[int], int]]) -> None:
-        """Run forward and backward of all rows, ``at_once`` in a batch."""
+    def step(self, rows: list[tuple[list[int], int]], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Run forward and backward of all rows, ``at_once`` in a batch, and the optimizer where there is one."""
         for start in range(0, len(rows), self.at_once):
             batch = collate([row(ids, answered) for ids, answered in rows[start : start + self.at_once]], 0)
             loss = self.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
             ).loss
             (loss / len(rows) * self.at_once).backward()
+        if optimizer is not None:
+            optimizer.step()
         self.model.zero_grad()
 
 

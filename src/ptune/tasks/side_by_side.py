@@ -17,10 +17,14 @@ from torch.nn import functional
 
 from ptune.families import MASKED, Kind
 from ptune.models.backbone import Backbone
+from ptune.plans.passes import Choice
 from ptune.pretrained.losses import next_token_labels, summed_loss
 from ptune.pretrained.output_head import Wanted
 from ptune.rendering.batch import IGNORED
 from ptune.tasks import Asked
+
+_BUSY = 2048
+"""Tokens of one pass that keep a processor busy: with more, what layers hand on no longer lies in memory at hand."""
 
 
 def answer_side_by_side(backbone: Backbone, asked: Sequence[Asked]) -> list[Tensor]:
@@ -48,7 +52,8 @@ def answer_side_by_side(backbone: Backbone, asked: Sequence[Asked]) -> list[Tens
 def one_forward_each(asked: Sequence[Asked], backbone: Backbone, max_tokens: int | None = None) -> list[list[int]]:
     """Return which questions go into one forward pass, by their places.
 
-    Rows that open with virtual tokens are carried out by another plan than others, so each kind has its own passes.
+    Rows that open with virtual tokens are carried out by another plan than others, so each kind has its own passes. On
+    a processor a pass takes only so many questions as keep it busy.
 
     Args:
         asked: the questions.
@@ -58,19 +63,39 @@ def one_forward_each(asked: Sequence[Asked], backbone: Backbone, max_tokens: int
     opens = [int(one.input_ids[0, 0]) >= backbone.vocabulary_size for one in asked]
     passes: list[list[int]] = []
     for kind in (True, False):
-        rows = longest = 0
+        rows = longest = computed = 0
         here: list[int] = []
         for place, one in enumerate(asked):
             if opens[place] != kind:
                 continue
-            more, length = one.input_ids.shape
-            if here and max_tokens is not None and (rows + more) * max(longest, length) > max_tokens:
+            (more, length), own = one.input_ids.shape, _computed(one, backbone)
+            too_many = max_tokens is not None and (rows + more) * max(longest, length) > max_tokens
+            if here and (too_many or computed + own > _BUSY):
                 passes.append(here)
-                here, rows, longest = [], 0, 0
+                here, rows, longest, computed = [], 0, 0, 0
             here.append(place)
-            rows, longest = rows + more, max(longest, length)
+            rows, longest, computed = rows + more, max(longest, length), computed + own
         passes += [here] if here else []
     return passes
+
+
+def choose_plan(backbone: Backbone, ids: Tensor, mask: Tensor, positions: Tensor) -> Choice:
+    """Return how a backbone would carry out a forward pass over ids, mask and positions, each ``[B, T]``."""
+    hindrance = backbone.hindrance(ids.shape[1])
+    if hindrance is not None:
+        return Choice("reference", hindrance, ids.numel())
+    return backbone.plans.choose(ids, mask, positions)
+
+
+def _computed(asked: Asked, backbone: Backbone) -> int:
+    """Return how many tokens a question adds to a pass on a processor; 0 where only memory sets a limit.
+
+    That is so on a GPU, and where contexts are not kept, which are computed but once for all questions of a pass.
+    """
+    if backbone.device.type != "cpu":
+        return 0
+    choice = choose_plan(backbone, asked.input_ids, asked.attention_mask, _wanted(asked, backbone.kind)[1])
+    return 0 if choice.context_tokens else choice.tokens
 
 
 def stacked_rows(asked: Sequence[Asked], kind: Kind) -> tuple[Tensor, Tensor, Tensor]:

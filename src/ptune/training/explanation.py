@@ -17,7 +17,7 @@ from ptune.models.backbone import Backbone
 from ptune.plans.openings import context_of, padding_share
 from ptune.plans.passes import Choice
 from ptune.prompts.keys_and_values import read_cache
-from ptune.tasks.side_by_side import one_forward_each, stacked_rows
+from ptune.tasks.side_by_side import choose_plan, one_forward_each, stacked_rows
 from ptune.training.kept_contexts import reads_again
 from ptune.training.learner import Learner
 
@@ -84,7 +84,9 @@ def explain(learners: Sequence[Learner]) -> Explanation:
                 forwards += 1
                 padding += padding_share(mask)
                 reference += ids.numel()
-                choice = _choice(backbone, ids, mask, positions, deep=first.prompted.deep is not None)
+                choice = choose_plan(backbone, ids, mask, positions)
+                if first.prompted.deep is not None:
+                    choice = Choice("reference", "a deep prompt stands before the text at every layer", ids.numel())
                 plans[choice.plan, choice.why] += 1
                 tokens += choice.tokens - kept_share * choice.context_tokens
     return Explanation(
@@ -98,15 +100,6 @@ def explain(learners: Sequence[Learner]) -> Explanation:
         context_bytes=size,
         kept_share=kept_share,
     )
-
-
-def _choice(
-    backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, *, deep: bool
-) -> Choice:
-    hindrance = "a deep prompt stands before the text at every layer" if deep else backbone.hindrance(ids.shape[1])
-    if hindrance is not None:
-        return Choice("reference", hindrance, ids.numel())
-    return backbone.plans.choose(ids, mask, positions)
 
 
 def _by_name(plans: Counter[tuple[str, str]]) -> dict[tuple[str, str], int]:

@@ -47,7 +47,10 @@ class Learner:
         self.prompted, self.task = parts.prompted, parts.task
         torch.manual_seed(self.settings.seed)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            self.prompted.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+            self.prompted.parameters(),
+            lr=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            fused=True,
         )
         lengths = [max(len(row.ids) for row in example.rows) for example in parts.train]
         self._tokens = [length * len(example.rows) for length, example in zip(lengths, parts.train, strict=True)]
