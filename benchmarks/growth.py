@@ -9,8 +9,8 @@ A step is forward and backward of a batch of texts with a label of one token, wi
 `train_speed.py`; weights are random. Lengths lie evenly between 6/11 and 16/11 of their mean, as 24 to 64 do around 44.
 "in front" is the plan of shared prefixes and packed rows, "behind" that of frozen contexts from the second epoch on.
 PEFT sets virtual tokens in front, in one padded batch, and trains candidates one after another; ptune trains them at
-once, as `ptune.search` does. All cases take turns in one process, and each point is stored as soon as it is measured.
-bfloat16 is measured where the processor multiplies it fast.
+once, as `ptune.search` does. All cases take turns in one process, in float32, and each point is stored as soon as it is
+measured.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ from transformers import PreTrainedModel
 
 from ptune.models.backbone import Backbone
 from ptune.plans.context_cache import ContextCache
-from ptune.pretrained.precision import precision_for
 from ptune.rendering.batch import collate
 from ptune.tasks import Asked
-from ptune.tasks.side_by_side import answer_side_by_side
+from ptune.tasks.side_by_side import answer_side_by_side, one_forward_each
 
 OUTPUT, PICTURE = Path("benchmarks/results/growth.json"), Path("docs/growth.svg")
 Rows = list[tuple[list[int], int]]
@@ -141,19 +140,22 @@ class AtOnce:
 
     def step(self, rows: Rows, *, behind: bool) -> None:
         """Give every encoder its gradient, all virtual tokens in front of the text or behind it."""
-        asked, tables = [], []
+        asked = []
         for ours in self.candidates:
             batch = collate(
                 [row([*ids[:-1], *ours.virtual, ids[-1]] if behind else [*ours.virtual, *ids], 1) for ids, _ in rows], 0
             )
             asked.append(Asked(batch.input_ids, batch.attention_mask, labels=batch.labels))
-            tables.append(ours.prompted.rows())
-            ours.prompted.use(tables[-1])
-        losses = answer_side_by_side(self.backbone, asked)
-        (torch.stack(losses).sum() / len(rows)).backward()
-        for ours, table in zip(self.candidates, tables, strict=True):
-            ours.prompted.use(table.detach())  # else the next backward pass of others goes through a freed graph
-            ours.prompted.encoder.zero_grad()
+        for together in one_forward_each(asked, self.backbone):
+            candidates = [self.candidates[place] for place in together]
+            tables = [ours.prompted.rows() for ours in candidates]
+            for ours, table in zip(candidates, tables, strict=True):
+                ours.prompted.use(table)
+            losses = answer_side_by_side(self.backbone, [asked[place] for place in together])
+            (torch.stack(losses).sum() / len(rows)).backward()
+            for ours, table in zip(candidates, tables, strict=True):
+                ours.prompted.use(table.detach())  # else the next backward pass of others goes through a freed graph
+                ours.prompted.encoder.zero_grad()
 
     def keep(self, rows: Rows) -> None:
         """Run the texts once, as the first epoch does."""
@@ -165,49 +167,42 @@ class AtOnce:
             ours.prompted.close()
 
 
-def dtypes_of(shape: Shape) -> list[str]:
-    """Return in which dtypes a model is measured here."""
-    fast = precision_for("auto", torch.device("cpu"), max(shape.hidden, 256)).dtype
-    return ["float32", "bfloat16"] if fast is torch.bfloat16 else ["float32"]
-
-
 class Models:
     """The models of the shape that is measured now; those before are let go."""
 
     def __init__(self) -> None:
         self._shape: Shape | None = None
-        self._models: dict[str, PreTrainedModel] = {}
+        self._models: list[PreTrainedModel] = []
 
-    def of(self, shape: Shape) -> dict[str, PreTrainedModel]:
-        """Return one for the peer, so that no hook of ours slows it, and one of each dtype for ptune."""
+    def of(self, shape: Shape) -> list[PreTrainedModel]:
+        """Return one for the peer, so that no hook of ours slows it, and one for ptune."""
         if shape != self._shape:
-            self._models = {}
+            self._models = []
             gc.collect()  # else those of half a billion would stand beside the others while they are made
-            self._models = {dtype: shape.model("qwen", getattr(torch, dtype)) for dtype in dtypes_of(shape)}
-            self._models["peer"], self._shape = shape.model("qwen", torch.float32), shape
+            self._models = [shape.model("qwen", torch.float32) for _ in range(2)]
+            self._shape = shape
         return self._models
 
 
 def measured(setting: Setting, models: Models, rounds: int) -> dict[str, Any]:
     """Return for each case the median of its seconds over the rounds, the least and the greatest."""
-    rows, own = setting.batch(), dict(models.of(setting.shape))
-    theirs = Peft(own.pop("peer"), setting.virtual, at_once=setting.rows)
+    rows, (peer, own) = setting.batch(), models.of(setting.shape)
+    theirs = Peft(peer, setting.virtual, at_once=setting.rows)
 
     def one_after_another() -> None:
         for _ in range(setting.candidates):
             theirs.step(rows)
 
-    cases: dict[str, Step] = {"PEFT, float32": one_after_another}
-    opened = []
-    for dtype, model in own.items():
-        front, behind = AtOnce(model, setting), AtOnce(model, setting)
-        behind.keep(rows)
-        opened += [front, behind]
-        cases[f"in front, {dtype}"] = partial(front.step, rows, behind=False)
-        cases[f"behind, {dtype}"] = partial(behind.step, rows, behind=True)
+    front, behind = AtOnce(own, setting), AtOnce(own, setting)
+    behind.keep(rows)
+    cases: dict[str, Step] = {
+        "PEFT": one_after_another,
+        "in front": partial(front.step, rows, behind=False),
+        "behind": partial(behind.step, rows, behind=True),
+    }
     seconds = interleaved(cases, rounds)
-    for one in opened:
-        one.close()
+    front.close()
+    behind.close()
     return {
         name: {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
         for name, values in seconds.items()

@@ -20,7 +20,6 @@ text { font: 12px Helvetica, Arial, sans-serif; fill: #1f2933 }
 .page { fill: #ffffff }
 .grid { stroke: #d5dbe1; stroke-width: 1 }
 .line { fill: none; stroke-width: 2 }
-.half { stroke-dasharray: 5 4 }
 .peer { stroke: #52606d; color: #52606d }
 .front { stroke: #0e7490; color: #0e7490 }
 .behind { stroke: #c2410c; color: #c2410c }
@@ -93,16 +92,14 @@ def _panel(panel: Panel) -> list[str]:
             f'<text x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{_number(place)}</text>'
         )
     for name, line in panel.lines.items():
-        look = _look(name)
+        look = COLOURS[name]
         path = "L".join(f"{x(point.at):.1f} {y(point.median):.1f}" for point in line)
         pieces.append(f'<path class="line {look}" d="M{path}"/>')
         for point in line:
             at = f"{x(point.at):.1f}"
             spread = f"M{at} {y(point.least):.1f}V{y(point.greatest):.1f}"
-            pieces.append(f'<path class="{look.split()[0]}" d="{spread}"/>')
-            pieces.append(
-                f'<g class="{look.split()[0]}"><circle class="dot" cx="{at}" cy="{y(point.median):.1f}" r="3"/></g>'
-            )
+            pieces.append(f'<path class="{look}" d="{spread}"/>')
+            pieces.append(f'<g class="{look}"><circle class="dot" cx="{at}" cy="{y(point.median):.1f}" r="3"/></g>')
     return pieces
 
 
@@ -110,19 +107,11 @@ def _legend(names: Sequence[str]) -> list[str]:
     pieces = [f'<text class="title" x="{LEFT}" y="20">seconds a step</text>']
     for number, name in enumerate(names):
         height = TOP + 14 + 24 * number
-        pieces.append(f'<path class="line {_look(name)}" d="M{LEFT} {height}h36"/>')
-        pieces.append(f'<text x="{LEFT + 46}" y="{height + 4}">{escape(_said(name))}</text>')
+        pieces.append(f'<path class="line {COLOURS[name]}" d="M{LEFT} {height}h36"/>')
+        pieces.append(
+            f'<text x="{LEFT + 46}" y="{height + 4}">{escape(name if name == "PEFT" else f"ptune, {name}")}</text>'
+        )
     return pieces
-
-
-def _said(name: str) -> str:
-    case, _, dtype = name.rpartition(", ")
-    return name if case == "PEFT" else f"ptune, {case}, {dtype}"
-
-
-def _look(name: str) -> str:
-    case, _, dtype = name.rpartition(", ")
-    return COLOURS[case] + (" half" if dtype == "bfloat16" else "")
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

@@ -76,7 +76,7 @@ def test_lengths_have_the_mean_that_is_asked_for(growth: ModuleType) -> None:
 
 def test_a_picture_places_points_by_their_numbers(growth: ModuleType) -> None:
     point = growth.Point
-    lines = {"PEFT, float32": [point(1, 1.0, 0.9, 1.1), point(10, 10.0, 9.0, 11.0), point(100, 100.0, 90.0, 110.0)]}
+    lines = {"PEFT": [point(1, 1.0, 0.9, 1.1), point(10, 10.0, 9.0, 11.0), point(100, 100.0, 90.0, 110.0)]}
     drawn = growth.picture([growth.Panel("rows & more", lines)])
     (path,) = re.findall(r'class="line peer" d="M([\d. ]+)L([\d. ]+)L([\d. ]+)"', drawn.split("</g>\n<g")[0])
     (x0, y0), (x1, y1), (x2, y2) = (tuple(map(float, one.split())) for one in path)
