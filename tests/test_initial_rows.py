@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ptune import initial_rows as module
 from ptune.config.run import StartConfig
 from ptune.errors import BackboneError, ConfigError, SoftPromptError
+from ptune.prompts import initial_rows as module
 from ptune.prompts.initial_rows import initial_rows
 
 V, H = 400, 16

@@ -8,10 +8,10 @@ from tiny_models import ALL_FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PreTrainedConfig
 
-from ptune import losses
 from ptune.config.run import EncoderConfig
 from ptune.models.backbone import Backbone
 from ptune.models.prompted_model import PromptedModel
+from ptune.pretrained import losses
 from ptune.pretrained.losses import summed_linear_loss, summed_loss
 from ptune.prompts.encoder import build_encoder
 from ptune.rendering.batch import IGNORED
