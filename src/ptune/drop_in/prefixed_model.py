@@ -76,7 +76,8 @@ class PrefixedModel(nn.Module):
 
         Raises:
             ConfigError: an argument that would be ignored.
-            BackboneError: called in a thread of `torch.nn.DataParallel`.
+            BackboneError: called in a thread of `torch.nn.DataParallel`, or virtual tokens and text are longer than
+                the model takes.
         """
         if unknown:
             raise ConfigError(
@@ -120,12 +121,19 @@ class PrefixedModel(nn.Module):
             ``return_dict_in_generate``, transformers' output whose ``sequences`` they are.
 
         Raises:
-            ConfigError: an option that cannot be had with virtual tokens, or pads without a mask.
+            ConfigError: an option that cannot be had with virtual tokens, pads without a mask, or pads on the right,
+                behind which a text would go on.
+            BackboneError: virtual tokens and text are longer than the model takes.
         """
         backbone, was_training = self.prompted.backbone, self.training
         pad = getattr(self.generation_config, "pad_token_id", None)
         if attention_mask is None and len(input_ids) > 1 and pad is not None and bool((input_ids == pad).any()):
             raise ConfigError("generate expected an attention_mask for a batch with pads; pass that of the tokenizer")
+        if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1].all()):
+            raise ConfigError(
+                "generate goes on behind each row's last place, and found pads there; pad on the left: "
+                'tokenizer.padding_side = "left"'
+            )
         ids, mask, _ = self._prefixed(input_ids, attention_mask, None)
         self.eval()
         try:
@@ -150,6 +158,12 @@ class PrefixedModel(nn.Module):
                     f"{list(tensor.shape)}; give both as the collator made them"
                 )
         count, length = self.prompted.num_virtual_tokens, input_ids.shape[1]
+        limit = self.prompted.backbone.context_limit
+        if limit is not None and count + length > limit and (most := int(attention_mask.sum(-1).max())) + count > limit:
+            raise BackboneError(
+                f"{count} virtual tokens and a text of {most} tokens are more than the {limit} positions of "
+                f'"{self.prompted.backbone.name}"; cut texts to {limit - count} tokens'
+            )
         begin = (attention_mask != 0).int().argmax(-1, keepdim=True)  # [B, 1]
         # [B, P + T], counted from the first virtual token
         place = torch.arange(count + length, device=input_ids.device) - begin
@@ -197,13 +211,9 @@ class PrefixedModel(nn.Module):
         Raises:
             SoftPromptError: they are of another encoder, or of more or fewer virtual tokens.
         """
-        try:
-            return super().load_state_dict(state_dict, strict=True, assign=assign)
-        except RuntimeError as error:
-            raise SoftPromptError(
-                "the checkpoint is of another prompt encoder: num_virtual_tokens, encoder and the model must be as "
-                f"they were when it was written ({' '.join(str(error).split())[:300]})"
-            ) from error
+        if difference := _difference(state_dict, self.state_dict()):
+            raise SoftPromptError(f"the checkpoint is of another prompt encoder: {difference}")
+        return super().load_state_dict(state_dict, strict=True, assign=assign)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any
@@ -250,6 +260,22 @@ class PrefixedModel(nn.Module):
     def _get_name(self) -> str:
         # Trainer's label smoothing shifts labels by one only for names that it knows as causal language models.
         return type(self.prompted.backbone.model).__name__
+
+
+def _difference(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str | None:
+    """Return how one encoder's state differs from another's, and the mend; None where each tensor has its shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    others = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if others == shapes:
+        return None
+    if others.keys() != shapes.keys():
+        return "its parts are those of another kind; give prompted() the encoder that it was trained with"
+    rows = next(name for name in shapes if name.endswith("encoder.embedding.weight"))  # [P, H]
+    for place, what, mend in ((0, "virtual tokens", "num_virtual_tokens"), (1, "the width", "the model")):
+        if others[rows][place] != shapes[rows][place]:
+            there, here = others[rows][place], shapes[rows][place]
+            return f"it has {there} {what} and this one {here}; give prompted() {mend} as it was"
+    return "its layers have another width; give prompted() the encoder's settings that it was trained with"
 
 
 def _mean(total: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:

@@ -5,6 +5,8 @@ Knows nothing of templates, tasks or Trainer. Shapes: P virtual tokens.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +18,7 @@ from ptune.models.backbone import Backbone
 from ptune.models.prompted_model import PromptedModel
 from ptune.prompts.encoder import build_encoder
 from ptune.prompts.initial_rows import initial_rows
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 
 def prompted(
@@ -43,6 +46,7 @@ def prompted(
     Raises:
         ConfigError: a setting that cannot be used.
         BackboneError: the model cannot carry virtual tokens, or ``start`` needs a tokenizer.
+        SoftPromptError: the soft prompt to start from cannot be read, or is of another backbone.
     """
     if not isinstance(model, PreTrainedModel):
         raise BackboneError(
@@ -62,7 +66,7 @@ def prompted(
             embeddings=backbone.embeddings,
             tokenizer=backbone.tokenizer,
             vocabulary_size=backbone.vocabulary_size,
-            prompt_rows=_rows_of_soft_prompt,
+            prompt_rows=functools.partial(_rows_of_soft_prompt, backbone=backbone, count=num_virtual_tokens),
             seed=seed,
         )
     return PrefixedModel(PromptedModel(backbone, build_encoder(settings, rows, seed)))
@@ -86,7 +90,12 @@ def _common_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
     return torch.tensor([ids[k % len(ids)] for k in range(count)])
 
 
-def _rows_of_soft_prompt(folder: str) -> Tensor:
-    from ptune.soft_prompts.soft_prompt import SoftPrompt
-
-    return SoftPrompt.load(folder).input_rows
+def _rows_of_soft_prompt(folder: str, backbone: Backbone, count: int) -> Tensor:
+    prompt = SoftPrompt.load(folder)
+    prompt.check(backbone)
+    if len(prompt.input_rows) != count:
+        raise ConfigError(
+            f'the soft prompt "{folder}" to start from has {len(prompt.input_rows)} virtual tokens, and '
+            f"num_virtual_tokens is {count}; give the same number"
+        )
+    return prompt.input_rows

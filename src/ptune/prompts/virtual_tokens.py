@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ptune.errors import BackboneError
 from ptune.prompts.deep_prompts import DeepPrompts
 from ptune.prompts.keys_and_values import KeyValueShape
 from ptune.prompts.prefix_cache import PrefixCache
@@ -193,5 +194,16 @@ def input_embedding(model: nn.Module) -> nn.Module:
 
 
 def input_matrix(model: nn.Module) -> Tensor:
-    """Return the model's input matrix ``[V, H]``."""
-    return input_embedding(model).weight  # type: ignore[return-value]
+    """Return the model's input matrix ``[V, H]``.
+
+    Raises:
+        BackboneError: its weights lie elsewhere, as DeepSpeed's ZeRO-3 has them.
+    """
+    matrix: Tensor = input_embedding(model).weight  # type: ignore[assignment]
+    if matrix.dim() != 2:
+        raise BackboneError(
+            f"the input embedding has weights of shape {list(matrix.shape)} in place of [tokens, width], as where "
+            "DeepSpeed's ZeRO-3 has taken them; load the model whole (ZeRO-2 or DDP do with a frozen one), or share "
+            "its layers out with training.shard_backbone"
+        )
+    return matrix
