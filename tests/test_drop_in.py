@@ -29,11 +29,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from ptune.config.run import EncoderConfig, StartConfig
+from ptune.config.run import EncoderConfig, RunConfig, StartConfig
 from ptune.drop_in.prefixed_model import PrefixedModel
 from ptune.drop_in.prompted import prompted
 from ptune.errors import BackboneError, ConfigError, SoftPromptError
 from ptune.models.backbone import Backbone
+from ptune.training.train import train
 
 P = 4
 
@@ -528,9 +529,75 @@ def test_one_process_on_several_gpus_is_refused() -> None:
 
 
 def test_a_checkpoint_of_another_encoder_is_refused(tmp_path: Path) -> None:
-    for other in ({"encoder": "lstm"}, {"num_virtual_tokens": 7}):
-        with pytest.raises(SoftPromptError, match="the checkpoint is of another prompt encoder: num_virtual_tokens"):
+    for other, difference in (
+        ({"encoder": "lstm"}, "its parts are those of another kind"),
+        (
+            {"num_virtual_tokens": 7},
+            f"it has 7 virtual tokens and this one {P}; give prompted\\(\\) num_virtual_tokens",
+        ),
+        ({"encoder": EncoderConfig(hidden_size=7)}, "its layers have another width"),
+    ):
+        with pytest.raises(SoftPromptError, match=f"the checkpoint is of another prompt encoder: {difference}"):
             prompted_tiny().load_state_dict(prompted_tiny(**other).state_dict(), strict=False)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_other_kinds_of_models_are_refused(family: str) -> None:
+    with pytest.raises(BackboneError, match="expected a causal language model and found"):
+        prompted(tiny_model(family))
+
+
+def test_a_closed_model_says_so() -> None:
+    model = prompted_tiny()
+    model.close()
+    with pytest.raises(BackboneError, match="the model was closed"):
+        model(torch.tensor([[5, 6]]))
+
+
+def test_pads_on_the_right_are_refused_where_a_text_goes_on() -> None:
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with pytest.raises(ConfigError, match='tokenizer.padding_side = "left"'):
+        prompted_tiny().generate(ids, mask, max_new_tokens=2)
+    prompted_tiny().generate(ids.flip(1), mask.flip(1), max_new_tokens=2)
+
+
+def test_virtual_tokens_count_among_the_models_positions() -> None:
+    model = prompted_tiny("llama")
+    limit = model.prompted.backbone.context_limit
+    assert limit is not None
+    model(torch.full((1, limit - P), 5))
+    with pytest.raises(BackboneError, match=f"cut texts to {limit - P} tokens"):
+        model(torch.full((1, limit - P + 1), 5))
+
+
+def test_a_model_whose_matrix_lies_elsewhere_is_refused() -> None:
+    model = tiny_model("llama")
+    model.get_input_embeddings().weight.data = torch.empty(0)  # as ZeRO-3 leaves it
+    with pytest.raises(BackboneError, match="ZeRO-3"):
+        prompted(model)
+
+
+def test_a_soft_prompt_to_start_from_must_fit(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    tokenizer = tiny_tokenizer()
+    config = RunConfig.model_validate(
+        {
+            "task": {"type": "generation", "answer_field": "b"},
+            "prompt": {"template": f"[P*{P}]{{a}}{{answer}}"},
+            "training": {"max_steps": 1},
+            "output": str(tmp_path / "prompt"),
+        }
+    )
+    records = [{"a": "one", "b": "two"}] * 4
+    train(config, backbone=Backbone(model, tokenizer, "tiny"), records=(records, records))
+    start = StartConfig(method="prompt", prompt=str(tmp_path / "prompt"))
+    prompted(model, tokenizer=tokenizer, num_virtual_tokens=P, start=start).close()
+    with pytest.raises(ConfigError, match=f"has {P} virtual tokens, and num_virtual_tokens is {P + 1}"):
+        prompted(model, tokenizer=tokenizer, num_virtual_tokens=P + 1, start=start)
+    other = tiny_model("llama")
+    other.get_input_embeddings().weight.data.mul_(-1)
+    with pytest.raises(SoftPromptError, match="backbone"):
+        prompted(other, tokenizer=tokenizer, num_virtual_tokens=P, start=start)
 
 
 @pytest.mark.parametrize("encoder", ["embedding", "mlp", "lstm"])

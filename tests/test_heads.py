@@ -172,7 +172,7 @@ def test_states_are_those_of_the_model_below_its_head(family: str) -> None:
     places = torch.tensor([[False, False, False, True], [False, False, True, False]])
     with torch.no_grad():
         states = backbone(ids, mask, positions=places, states=True)
-        arguments, where = backbone._arguments(ids, mask, places)
+        arguments, where = backbone.forward_pass.arguments(ids, mask, places)
         output = backbone.model(**arguments, output_hidden_states=True)
     last = (output.decoder_hidden_states if "decoder_hidden_states" in output else output.hidden_states)[-1]
     scale = 32**-0.5 if family == "t5" and backbone.model.config.tie_word_embeddings else 1.0

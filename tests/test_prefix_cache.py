@@ -18,7 +18,7 @@ from ptune.config.task import ClassificationConfig, GenerationConfig
 from ptune.generation.generate import GenerationOptions, generate
 from ptune.models.backbone import Backbone
 from ptune.models.prompted_model import PromptedModel
-from ptune.prompts.encoder import build_encoder
+from ptune.prompts.encoder import PromptEncoder, build_encoder
 from ptune.prompts.prefix_cache import PrefixCache
 
 TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果", "the door and the room were as quiet as ever"]
@@ -160,15 +160,16 @@ def test_answers_beyond_the_budget_are_the_same_and_the_longest_unused_leave() -
         assert kept.bytes == 0
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("encoder", ["embedding", "mlp"])
-def test_a_prompt_that_is_trained_while_an_engine_answers_is_never_answered_with_old_keys(encoder: str) -> None:
+def test_a_prompt_in_training_beside_an_engine_is_never_answered_with_old_keys(encoder: str, fused: bool) -> None:
     backbone = backbone_of()
     settings = EncoderConfig(type="embedding") if encoder == "embedding" else EncoderConfig(residual=False)
     initial = backbone.embeddings(torch.arange(30, 36))
     with Engine(backbone) as engine, PromptedModel(backbone, build_encoder(settings, initial, 0)) as prompted:
         engine.add("one", soft_prompt(backbone, 5, 1))
         steady = engine.classify("one", TEXTS)
-        optimizer = torch.optim.AdamW(prompted.encoder.parameters(), lr=0.05)
+        optimizer = torch.optim.AdamW(prompted.encoder.parameters(), lr=0.05, fused=fused)
         virtual = list(range(prompted.first_virtual_id, prompted.first_virtual_id + 6))
         ids = torch.tensor([[*virtual, 40, 41, 42], [*virtual, 50, 51, 52]])
         mask, positions = torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -192,6 +193,43 @@ def test_a_prompt_that_is_trained_while_an_engine_answers_is_never_answered_with
             said.add(found.sum().item())
             assert engine.classify("one", TEXTS) == steady
         assert len(said) == 4
+
+
+@pytest.mark.parametrize("mode", ["no change of mode", "eval"])
+def test_a_fused_optimizer_on_bare_rows_is_noticed(mode: str) -> None:
+    backbone = backbone_of()
+    encoder = PromptEncoder(EncoderConfig(type="embedding"), backbone.embeddings(torch.arange(30, 36)))
+    with PromptedModel(backbone, encoder) as prompted:
+        optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.05, fused=True)
+        ids = torch.tensor([[*range(prompted.first_virtual_id, prompted.first_virtual_id + 6), 40, 41, 42]])
+        mask, positions = torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        positions[:, -1] = True
+        for _ in range(2):
+            prompted.train(mode != "eval")
+            with torch.no_grad():
+                found = prompted(ids, mask, positions=positions)
+                backbone.plan = "reference"
+                assert torch.allclose(found, prompted(ids, mask, positions=positions), atol=1e-4)
+                backbone.plan = "auto"
+            prompted.train()
+            prompted(ids, mask, labels=ids.masked_fill(~positions, -100)).backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_rows_padded_on_the_left_beside_one_without_pads_are_read_right(family: str) -> None:
+    backbone = backbone_of(family)
+    with PromptedModel(backbone, build_encoder(EncoderConfig(), backbone.embeddings(torch.arange(30, 34)), 0)) as model:
+        model.eval()
+        virtual = list(range(model.first_virtual_id, model.first_virtual_id + 4))
+        ids = torch.tensor([[*virtual, 40, 41, 42, 43], [0, 0, *virtual, 50, 51]])
+        mask = (ids != 0).long()
+        positions = torch.zeros_like(ids, dtype=torch.bool)
+        positions[:, -2:] = True
+        with torch.no_grad():
+            found = model(ids, mask, positions=positions)
+            backbone.plan = "reference"
+            assert torch.allclose(found, model(ids, mask, positions=positions), atol=1e-4)
 
 
 def test_rows_changed_in_place_behind_the_table_are_noticed() -> None:

@@ -13,6 +13,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DataError": "errors",
     "BackboneError": "errors",
+    "EncoderConfig": "config.run",
     "Engine": "engine.engine",
     "GenerationOptions": "generation.generate",
     "MINI": "pretrained.loading",
@@ -27,6 +28,7 @@ _HOMES = {
     "SearchConfig": "config.candidates",
     "SoftPrompt": "soft_prompts.soft_prompt",
     "SoftPromptError": "errors",
+    "StartConfig": "config.run",
     "Template": "template",
     "TemplateError": "errors",
     "TrainingError": "errors",
@@ -44,7 +46,9 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from ptune.config.candidates import SearchConfig as SearchConfig
     from ptune.config.file import load_config as load_config
+    from ptune.config.run import EncoderConfig as EncoderConfig
     from ptune.config.run import RunConfig as RunConfig
+    from ptune.config.run import StartConfig as StartConfig
     from ptune.drop_in.prompted import prompted as prompted
     from ptune.engine.engine import Engine as Engine
     from ptune.errors import BackboneError as BackboneError

@@ -44,6 +44,7 @@ class PrefixedModel(nn.Module):
     def __init__(self, prompted: PromptedModel) -> None:
         super().__init__()
         self.prompted = prompted
+        self._closed = False
         self.config = copy.deepcopy(prompted.backbone.model.config)
         if hasattr(prompted.backbone.model, "hf_device_map"):  # Trainer moves such a model nowhere
             self.hf_device_map = prompted.backbone.model.hf_device_map
@@ -147,6 +148,8 @@ class PrefixedModel(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids, mask and labels, ``[B, P + T]`` each, with the virtual tokens where each row's text begins."""
+        if self._closed:
+            raise BackboneError("the model was closed, and has no virtual tokens any more; call prompted() again")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if labels is None:
@@ -237,6 +240,7 @@ class PrefixedModel(nn.Module):
     def close(self) -> None:
         """Take the virtual tokens away from the model, which stays frozen. Nothing can be run afterwards."""
         self.prompted.close()
+        self._closed = True
 
     @property
     def device(self) -> torch.device:

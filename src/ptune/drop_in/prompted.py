@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptune.config.run import EncoderConfig, StartConfig
 from ptune.drop_in.prefixed_model import PrefixedModel
 from ptune.errors import BackboneError, ConfigError, did_you_mean
+from ptune.families import CAUSAL, kind_of
 from ptune.models.backbone import Backbone
 from ptune.models.prompted_model import PromptedModel
 from ptune.prompts.encoder import build_encoder
@@ -56,6 +57,11 @@ def prompted(
     if num_virtual_tokens < 1:
         raise ConfigError(f"num_virtual_tokens is at least 1, and found {num_virtual_tokens}; give a positive number")
     settings = _encoder_config(encoder)
+    if kind_of(model.config, type(model).__name__) is not CAUSAL:
+        raise BackboneError(
+            f"prompted() expected a causal language model and found {type(model).__name__}; masked models and "
+            "encoder-decoders are trained by `ptune train`"
+        )
     backbone = Backbone(model, tokenizer, model.name_or_path or type(model).__name__)
     if tokenizer is None and start is None:
         rows = backbone.embeddings(_common_ids(model, num_virtual_tokens, seed))

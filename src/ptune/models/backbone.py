@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptune.config.run import ModelConfig
 from ptune.errors import BackboneError
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind, cached_length, kind_of, may_pack
+from ptune.models.forward_pass import ForwardPass
 from ptune.plans.context_cache import ContextCache
+from ptune.plans.deep_passes import logits_behind
 from ptune.plans.openings import context_of
-from ptune.plans.packed_attention import Packing, packed_attention
+from ptune.plans.passes import Choice
 from ptune.plans.plans import Plans
-from ptune.pretrained.encoder_decoder import decoder_start, split_rows
 from ptune.pretrained.fingerprint import fingerprint, same_backbone, sampled_ids
-from ptune.pretrained.loading import check_tokenizer, find_device, first_position, load_model
+from ptune.pretrained.loading import check_tokenizer, find_device, load_model
 from ptune.pretrained.losses import next_token_labels, summed_loss
 from ptune.pretrained.output_head import OutputHead, Wanted
 from ptune.pretrained.recomputation import recompute_layers, recomputing
 from ptune.pretrained.sharding import alike, shard_layers
-from ptune.prompts.deep_prompts import logits_behind, mask_from_both_sides
 from ptune.prompts.virtual_tokens import (
     VirtualTokens,
     deep_prompts_of,
@@ -42,6 +41,8 @@ from ptune.prompts.virtual_tokens import (
     virtual_tokens_of,
 )
 from ptune.rendering.batch import IGNORED
+
+_DEEP = "a deep prompt stands before the text at every layer"
 
 
 class Backbone:
@@ -55,6 +56,7 @@ class Backbone:
         hidden_size: H, width of the input matrix.
         context_limit: most positions the model takes, virtual tokens included; None where it sets none (BLOOM).
         head: its output head.
+        forward_pass: how it is called.
         plans: how its forward passes are carried out.
         plan: ``auto`` for the cheapest that gives the same numbers, ``reference`` for the plain one.
         quantization: as ``model.quantization`` asked when it was loaded; None for weights in full.
@@ -76,18 +78,17 @@ class Backbone:
         self._tokenizer = tokenizer
         self.name = name
         self.vocabulary_size, self.hidden_size = input_matrix(model).shape
-        self._first_position = first_position(model)
-        limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.context_limit = None if limit is None else limit - self._first_position
         self._recomputed: list[GradientCheckpointingLayer] = []
-        self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
         if tokenizer is not None:
             check_tokenizer(tokenizer, self.vocabulary_size, self.kind, name)
         self._cached_length = cached_length(model.config) if self.kind is CAUSAL else 0
         packs = self.kind is CAUSAL and may_pack(model.config)
         tokens, where = functools.partial(virtual_tokens_of, model), (lambda: self.device, lambda: self.dtype)
-        self.plans = Plans(self._run, self.vocabulary_size, *where, may_pack=packs, virtual_tokens=tokens)
         self.head = OutputHead(model)
+        self.forward_pass = ForwardPass(model, self.kind, self.head)
+        self.plans = Plans(self.forward_pass.run, self.vocabulary_size, *where, may_pack=packs, virtual_tokens=tokens)
+        limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context_limit = None if limit is None else limit - self.forward_pass.first_position
         self.plan: Literal["auto", "reference"] = "auto"
         self.quantization: str | dict[str, Any] | None = None
         self.sharded = False
@@ -154,16 +155,9 @@ class Backbone:
         with torch.no_grad():
             return input_embedding(self.model)(ids.to(self.device)).float()
 
-    def inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Return the keyword arguments of a forward pass for ids and mask, both ``[B, T]`` int64.
-
-        Position ids come from the mask wherever the family takes them, so that padding on either side moves nothing
-        (GPT-2's own forward counts pads as positions).
-        """
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._takes_position_ids:
-            arguments["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0) + self._first_position
-        return arguments
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        """Return the keyword arguments of a forward pass for ids and mask, as `ForwardPass.inputs` has them."""
+        return self.forward_pass.inputs(input_ids, attention_mask)
 
     def logits(
         self,
@@ -210,18 +204,28 @@ class Backbone:
         positions = None if positions is None else positions.to(self.device)
         if (deep := deep_prompts_of(self.model).opening(input_ids)) is not None:
             deep.check(input_ids.shape[1], self._cached_length, bool(self._recomputed))
-            run = functools.partial(self._run, wanted=wanted)
-            self.plans.note("reference", "a deep prompt stands before the text at every layer")
+            run = functools.partial(self.forward_pass.run, wanted=wanted)
+            self.plans.note("reference", _DEEP)
             return logits_behind(deep, run, input_ids, attention_mask, positions, self.dtype)
-        hindrance = "logits of all positions are wanted" if positions is None else self.hindrance(input_ids.shape[1])
+        hindrance = self._hindrance(input_ids, positions)
         if positions is not None and hindrance is None:
             return self.plans.outputs(input_ids, attention_mask, positions, wanted)
         self.plans.note("reference", str(hindrance))
         self.plans.agree(1)
-        arguments, positions = self._arguments(input_ids, attention_mask, positions)
+        arguments, positions = self.forward_pass.arguments(input_ids, attention_mask, positions)
         with self.head.at(positions, wanted) as taken, recomputing(self._recomputed):
             logits: Tensor = self.model(**arguments).logits
         return logits if wanted == "logits" else taken[0]
+
+    def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Choice:
+        """Return how a forward pass would be carried out; the arguments are those of `outputs`."""
+        deep = deep_prompts_of(self.model).opening(input_ids.to(self.device)) is not None
+        if (hindrance := _DEEP if deep else self._hindrance(input_ids, positions)) is not None:
+            return Choice("reference", hindrance, input_ids.numel())
+        return self.plans.choose(input_ids, attention_mask, positions)
+
+    def _hindrance(self, input_ids: Tensor, positions: Tensor | None) -> str | None:
+        return "logits of all positions are wanted" if positions is None else self.hindrance(input_ids.shape[1])
 
     def keep_contexts(self, rows: Iterable[Sequence[int]], kept: ContextCache) -> None:
         """Run what stands before the first virtual token of rows once, where a plan will read it again and again.
@@ -245,43 +249,6 @@ class Backbone:
         if self._cached_length is not None and tokens > self._cached_length:
             return f"rows are longer than the {self._cached_length} tokens that attention sees"
         return None
-
-    def _run(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        positions: Tensor,
-        past: Cache | None = None,
-        *,
-        keep: bool = False,
-        wanted: Wanted = "logits",
-        packing: Packing | None = None,
-    ) -> tuple[Tensor, DynamicCache | None]:
-        """Run the model on what follows ``past``: what `Plans` are made of; see `ptune.plans.passes.Run`."""
-        arguments: dict[str, Any] = self.inputs(input_ids, attention_mask)
-        if packing is not None:
-            arguments |= {"position_ids": packing.places + self._first_position, "packing": packing}
-        elif "position_ids" in arguments:
-            arguments["position_ids"] = arguments["position_ids"][:, -input_ids.shape[1] :]
-        if past is not None and self.kind is MASKED:
-            arguments["attention_mask"] = mask_from_both_sides(attention_mask, input_ids.shape[1], self.dtype)
-        attention = nullcontext() if packing is None else packed_attention(self.model.config)
-        with attention, self.head.at(positions, wanted) as taken:
-            output = self.model(**arguments, past_key_values=past, use_cache=keep)
-        return output.logits if wanted == "logits" else taken[0], output.past_key_values if keep else None
-
-    def _arguments(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None
-    ) -> tuple[dict[str, Any], Tensor | None]:
-        """Return a forward's keyword arguments, and where its head looks: in the decoder, where there is one."""
-        if self.kind is MASKED:
-            return self.inputs(input_ids, attention_mask), positions
-        if self.kind is not ENCODER_DECODER:
-            return self.inputs(input_ids, attention_mask) | {"use_cache": False}, positions
-        if positions is None:
-            positions = torch.zeros_like(attention_mask, dtype=torch.bool)  # refused with its reason
-        arguments, positions = split_rows(input_ids, attention_mask, positions, decoder_start(self.model.config))
-        return arguments | {"use_cache": False}, positions
 
     def __call__(
         self,
@@ -381,7 +348,7 @@ def _self_test(backbone: Backbone) -> None:
             by_ids = backbone.logits(ids, mask, positions)
             (gradient,) = torch.autograd.grad(by_ids.float().square().mean(), rows)
         with torch.no_grad():
-            arguments, places = backbone._arguments(ids, mask, positions)
+            arguments, places = backbone.forward_pass.arguments(ids, mask, positions)
             arguments["inputs_embeds"] = input_embedding(model)(arguments.pop("input_ids"))
             by_embeddings = model(**arguments).logits
             by_embeddings = by_embeddings if places is None else by_embeddings[places]

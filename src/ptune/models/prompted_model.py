@@ -68,7 +68,8 @@ class PromptedModel(nn.Module):
         """
         if self.training:
             return self.encoder()
-        # Loading a checkpoint, a cast or an optimizer step may change the encoder without a change of mode.
+        # Loading a checkpoint, a cast or an optimizer step may change the encoder without a change of mode. A fused
+        # optimizer of torch does so unseen, for it leaves version counters alone; `Learner.take_step` raises them.
         weights = [(w.data_ptr(), w._version) for w in self.encoder.state_dict(keep_vars=True).values()]
         if self._rows is None or weights != self._weights_of_rows:
             with torch.no_grad():
@@ -131,17 +132,18 @@ class PromptedModel(nn.Module):
                 f"{self.backbone.kind.words} gives no token a probability from what stands before it; "
                 "use a causal language model"
             )
-        real = (input_ids < self.backbone.vocabulary_size) & attention_mask.bool()
-        seen = attention_mask.bool() if self.deep is None else real
+        ids, mask = input_ids.to(self.backbone.device), attention_mask.to(self.backbone.device)
+        real = (ids < self.backbone.vocabulary_size) & mask.bool()
+        seen = mask.bool() if self.deep is None else real
         preceded = functional.pad(seen[:, :-1], (1, 0))
         wanted = real & preceded  # [B, T]
         before = functional.pad(wanted[:, 1:], (0, 1))  # the position that predicts each of them
-        logits = self(input_ids, attention_mask, positions=before)  # [N, V]
+        logits = self(ids, mask, positions=before)  # [N, V]
         log_probabilities = torch.log_softmax(at_least_float32(logits), -1)
-        chosen = log_probabilities.gather(-1, input_ids[wanted].unsqueeze(-1)).squeeze(-1)  # [N]
-        result = torch.full(input_ids.shape, torch.nan, device=input_ids.device, dtype=chosen.dtype)
+        chosen = log_probabilities.gather(-1, ids[wanted].unsqueeze(-1)).squeeze(-1)  # [N]
+        result = torch.full(ids.shape, torch.nan, device=ids.device, dtype=chosen.dtype)
         result[wanted] = chosen
-        return result
+        return result.to(input_ids.device)
 
     def close(self) -> None:
         """Take the virtual tokens away from the backbone. Nothing can be run afterwards."""

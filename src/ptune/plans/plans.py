@@ -1,4 +1,4 @@
-"""How one forward pass is carried out: the same numbers at less cost. See ARCHITECTURE.md for when each plan pays.
+"""How one forward pass is carried out: the same numbers at less cost. docs/performance.md says when each plan pays.
 
     reference        one forward over all ids
     shared prefix    rows that open with the same virtual tokens: these run once, with gradient, for all of them
@@ -101,7 +101,8 @@ class Plans:
             wanted: hidden states ``[N, H]`` in place of logits, where it says so.
         """
         run = functools.partial(self._run, wanted=wanted)
-        if not torch.is_grad_enabled() and not bool((positions & ~attention_mask.bool()).any()):
+        in_front = bool(attention_mask[:, 0].all())  # pads stand on the right, or the rows' first places would be pads
+        if in_front and not torch.is_grad_enabled() and not bool((positions & ~attention_mask.bool()).any()):
             opening = opening_lengths(input_ids, attention_mask, positions, self._vocabulary_size)
             if pasts := self.prefixes.of(input_ids[:, : int(opening.max())].tolist(), opening.tolist()):
                 opening = opening.new_tensor([past.shape[2] for past in pasts])
@@ -238,7 +239,7 @@ class Plans:
 
     @staticmethod
     def plans_contexts(contexts: Sequence[Sequence[int]]) -> bool:
-        """Whether contexts are long enough, on average, that `logits` will ask for them."""
+        """Whether contexts are long enough, on average, that `outputs` will ask for them."""
         return bool(contexts) and sum(map(len, contexts)) >= _SHORTEST_CONTEXT * len(contexts)
 
     def _shared_prefixes(

@@ -10,7 +10,7 @@ D width of a head, W = 2 L K D.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,52 +116,6 @@ class DeepPrompts:
             "row of a batch alike; some rows of this batch have them elsewhere or not at all, so pad on the right, and "
             "give rows of other prompts in batches of their own"
         )
-
-
-def logits_behind(
-    prompt: DeepPrompt,
-    run: Callable[..., tuple[Tensor, DynamicCache | None]],
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    positions: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return the logits ``[N, V]`` at the chosen positions of rows that a deep prompt opens.
-
-    Args:
-        prompt: that opens them.
-        run: the forward pass, `ptune.plans.passes.Run`.
-        input_ids: ``[B, T]`` int64, the prompt's ids among them.
-        attention_mask: ``[B, T]`` int64.
-        positions: ``[B, T]`` bool.
-        dtype: the backbone's.
-
-    Raises:
-        BackboneError: a position stands among the prompt's own ids, or all are asked for.
-    """
-    count = len(prompt.rows)
-    if positions is None or bool(positions[:, :count].any()):
-        raise BackboneError(
-            "a deep prompt is keys and values alone, which predict nothing: before the first token that is learnt or "
-            "asked for, a row needs a token of text, so put words between its virtual tokens and the answer"
-        )
-    past = prompt.past(len(input_ids), dtype)
-    return run(input_ids[:, count:], attention_mask, positions[:, count:], past)[0]
-
-
-def mask_from_both_sides(attention_mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """Return the mask of a masked model's attention behind a past: ``[B, 1, T, P + T]``, added to the scores.
-
-    Its own forward makes masks for its own T tokens only, and takes one of four dimensions as it is.
-
-    Args:
-        attention_mask: ``[B, P + T]`` int64.
-        tokens: T.
-        dtype: the backbone's.
-    """
-    hidden = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
-    hidden = hidden.masked_fill(attention_mask == 0, torch.finfo(dtype).min)
-    return hidden[:, None, None].expand(-1, 1, tokens, -1)
 
 
 def check_deep_template(template: Template) -> None:

@@ -130,7 +130,10 @@ class PromptEncoder(nn.Module):
                 hidden = self.lstm_dropout(self.lstm_head(rows)[0])  # [P, 2 * hidden_size], both directions
             output = self.mlp_head(hidden)  # [P, H]
             rows = rows + output if self.residual else output
-        return rows if self.scale is None else rows * self.scale
+        if self.scale is not None:
+            return rows * self.scale
+        # Never the parameter itself: an optimizer would change in place what others have kept as rows.
+        return rows.clone() if rows is self.embedding.weight else rows
 
 
 def build_encoder(config: EncoderConfig, initial: Tensor, seed: int) -> PromptEncoder:

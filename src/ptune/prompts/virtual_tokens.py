@@ -119,7 +119,7 @@ class VirtualTokens:
     def meaning(self, ids: Sequence[int]) -> Hashable:
         """Return what tells the rows that virtual ids mean now from those that they meant or will mean.
 
-        None where an id means nothing, or keys and values.
+        None where an id means nothing, keys and values, or a parameter.
         """
         found = []
         place = 0
@@ -129,7 +129,9 @@ class VirtualTokens:
             rows = self._segments.get(first)
             if rows is None or ids[place] >= first + len(rows):
                 return None
-            # An optimizer changes rows in place; their counter tells, where they have one.
+            if rows.is_leaf and rows.requires_grad:  # an optimizer may change them in place, and leave no trace
+                return None
+            # Others' changes in place are counted, where there is a counter.
             found.append((first, self._settings[first], 0 if rows.is_inference() else rows._version))
             while place < len(ids) and first <= ids[place] < first + len(rows):
                 place += 1

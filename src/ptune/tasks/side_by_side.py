@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from ptune.families import MASKED, Kind
 from ptune.models.backbone import Backbone
-from ptune.plans.passes import Choice
 from ptune.pretrained.losses import next_token_labels, summed_loss
 from ptune.pretrained.output_head import Wanted
 from ptune.rendering.batch import IGNORED
@@ -49,7 +48,9 @@ def answer_side_by_side(backbone: Backbone, asked: Sequence[Asked]) -> list[Tens
     return answers
 
 
-def one_forward_each(asked: Sequence[Asked], backbone: Backbone, max_tokens: int | None = None) -> list[list[int]]:
+def one_forward_each(
+    asked: Sequence[Asked], backbone: Backbone, max_tokens: int | None = None, *, kept: bool = False
+) -> list[list[int]]:
     """Return which questions go into one forward pass, by their places.
 
     Rows that open with virtual tokens are carried out by another plan than others, so each kind has its own passes. On
@@ -59,6 +60,7 @@ def one_forward_each(asked: Sequence[Asked], backbone: Backbone, max_tokens: int
         asked: the questions.
         backbone: that will be asked.
         max_tokens: of one pass, padding included, where it holds more than one question.
+        kept: take it that contexts are kept, before they are.
     """
     opens = [int(one.input_ids[0, 0]) >= backbone.vocabulary_size for one in asked]
     passes: list[list[int]] = []
@@ -68,7 +70,7 @@ def one_forward_each(asked: Sequence[Asked], backbone: Backbone, max_tokens: int
         for place, one in enumerate(asked):
             if opens[place] != kind:
                 continue
-            (more, length), own = one.input_ids.shape, _computed(one, backbone)
+            (more, length), own = one.input_ids.shape, _computed(one, backbone, kept)
             too_many = max_tokens is not None and (rows + more) * max(longest, length) > max_tokens
             if here and (too_many or computed + own > _BUSY):
                 passes.append(here)
@@ -79,23 +81,15 @@ def one_forward_each(asked: Sequence[Asked], backbone: Backbone, max_tokens: int
     return passes
 
 
-def choose_plan(backbone: Backbone, ids: Tensor, mask: Tensor, positions: Tensor) -> Choice:
-    """Return how a backbone would carry out a forward pass over ids, mask and positions, each ``[B, T]``."""
-    hindrance = backbone.hindrance(ids.shape[1])
-    if hindrance is not None:
-        return Choice("reference", hindrance, ids.numel())
-    return backbone.plans.choose(ids, mask, positions)
-
-
-def _computed(asked: Asked, backbone: Backbone) -> int:
+def _computed(asked: Asked, backbone: Backbone, kept: bool) -> int:
     """Return how many tokens a question adds to a pass on a processor; 0 where only memory sets a limit.
 
     That is so on a GPU, and where contexts are not kept, which are computed but once for all questions of a pass.
     """
     if backbone.device.type != "cpu":
         return 0
-    choice = choose_plan(backbone, asked.input_ids, asked.attention_mask, _wanted(asked, backbone.kind)[1])
-    return 0 if choice.context_tokens else choice.tokens
+    choice = backbone.choose(asked.input_ids, asked.attention_mask, _wanted(asked, backbone.kind)[1])
+    return 0 if choice.context_tokens and not kept else choice.tokens - choice.context_tokens
 
 
 def stacked_rows(asked: Sequence[Asked], kind: Kind) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,8 +85,7 @@ class Contender:
         reached = learner.progress.step > 0 or learner.gradient_reaches_prompt()
         norm = torch.nn.utils.clip_grad_norm_(learner.prompted.parameters(), learner.settings.max_grad_norm)
         learner.check(learner.progress.step, loss, float(norm), reached=reached)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad()
+        learner.take_step()
         learner.progress.step += 1
         if learner.progress.step % learner.settings.logging_steps == 0:
             self.log.append({"step": learner.progress.step, "train_loss": loss})

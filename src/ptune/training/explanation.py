@@ -15,10 +15,9 @@ import torch
 from ptune.config.run import TrainingConfig
 from ptune.models.backbone import Backbone
 from ptune.plans.openings import context_of, padding_share
-from ptune.plans.passes import Choice
 from ptune.prompts.keys_and_values import read_cache
-from ptune.tasks.side_by_side import choose_plan, one_forward_each, stacked_rows
-from ptune.training.kept_contexts import reads_again
+from ptune.tasks.side_by_side import one_forward_each, stacked_rows
+from ptune.training.kept_contexts import rows_to_keep
 from ptune.training.learner import Learner
 
 _STEPS = 50
@@ -63,6 +62,9 @@ def explain(learners: Sequence[Learner]) -> Explanation:
     backbone.plan = first.settings.plan
     if first.settings.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
+    for learner in learners:
+        learner.prompted.eval()
+        learner.prompted.use()  # plans ask what the ids mean
     contexts = _contexts(learners, backbone)
     size = sum(map(len, contexts)) * _bytes_per_token(backbone, first.settings) if contexts else 0
     room = first.settings.context_cache_bytes + first.settings.context_cache_disk_bytes
@@ -79,14 +81,13 @@ def explain(learners: Sequence[Learner]) -> Explanation:
                 for learner, queue in zip(learners, queues, strict=True)
                 if number < len(queue)
             ]
-            for together in one_forward_each(asked, backbone, first.settings.max_tokens_per_batch):
+            kept = kept_share == 1
+            for together in one_forward_each(asked, backbone, first.settings.max_tokens_per_batch, kept=kept):
                 ids, mask, positions = stacked_rows([asked[place] for place in together], backbone.kind)
                 forwards += 1
                 padding += padding_share(mask)
                 reference += ids.numel()
-                choice = choose_plan(backbone, ids, mask, positions)
-                if first.prompted.deep is not None:
-                    choice = Choice("reference", "a deep prompt stands before the text at every layer", ids.numel())
+                choice = backbone.choose(ids, mask, positions)
                 plans[choice.plan, choice.why] += 1
                 tokens += choice.tokens - kept_share * choice.context_tokens
     return Explanation(
@@ -114,9 +115,9 @@ def _by_name(plans: Counter[tuple[str, str]]) -> dict[tuple[str, str], int]:
 
 def _contexts(learners: Sequence[Learner], backbone: Backbone) -> list[tuple[int, ...]]:
     """Return the texts that a run would keep: none where nothing reads them again."""
-    if not reads_again(learners[0]) or learners[0].prompted.deep is not None:
+    if learners[0].prompted.deep is not None:
         return []
-    rows = {row.ids for learner in learners for example in learner.parts.train for row in example.rows}
+    rows = {ids for part in rows_to_keep(learners) for ids in part}
     planned = [ids for ids in rows if backbone.hindrance(len(ids)) is None]
     contexts = {context_of(ids, backbone.vocabulary_size) for ids in planned} - {()}
     return sorted(contexts) if backbone.plans.plans_contexts(list(contexts)) else []

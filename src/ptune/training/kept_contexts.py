@@ -23,20 +23,15 @@ _LOW_SHARE = 0.5
 
 
 def keep_contexts(learners: Sequence[Learner], reporter: Reporter) -> None:
-    """Keep what stands before virtual tokens in the rows of some learners on one backbone, and tell.
-
-    Several learners evaluate dev several times at each evaluation, so its rows are kept too, after those of training.
-    """
+    """Keep what stands before virtual tokens in the rows of some learners on one backbone, and tell."""
     first = learners[0]
     settings, backbone = first.settings, first.prompted.backbone
-    rows = [row.ids for learner in learners for example in learner.parts.train for row in example.rows]
     again = reads_again(first)
     store = _store(backbone, settings) if again else None
     dtype = torch.bfloat16 if settings.context_cache_dtype == "bfloat16" else None
     kept = ContextCache(settings.context_cache_bytes, store, dtype)
-    backbone.keep_contexts(rows if again else [], kept)
-    if len(learners) > 1:
-        backbone.keep_contexts(_dev_rows(learners), kept)
+    for rows in rows_to_keep(learners):
+        backbone.keep_contexts(rows, kept)
     if len(kept):
         reporter.kept_contexts(len(kept), kept.bytes, full=kept.full)
     if store is not None and store.mistake is not None:
@@ -51,6 +46,15 @@ def reads_again(learner: Learner) -> bool:
     """Whether a run's records are read more than once, in it or by a later run from the disk."""
     schedule = learner.schedule
     return schedule.total_steps > schedule.steps_per_epoch or learner.settings.context_cache_disk_bytes > 0
+
+
+def rows_to_keep(learners: Sequence[Learner]) -> list[list[tuple[int, ...]]]:
+    """Return the rows that are read again and again: those of training, and behind them those of dev.
+
+    Several learners evaluate dev several times at each evaluation; one reads training's alone.
+    """
+    train = [row.ids for learner in learners for example in learner.parts.train for row in example.rows]
+    return [train if reads_again(learners[0]) else [], _dev_rows(learners) if len(learners) > 1 else []]
 
 
 def _dev_rows(learners: Sequence[Learner]) -> list[tuple[int, ...]]:

@@ -87,6 +87,15 @@ class Learner:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
 
+    def take_step(self) -> None:
+        """Let the optimizer change what is trained, and drop its gradients.
+
+        The optimizer's one kernel leaves no trace in the parameters' version counters, by which others see a change.
+        """
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        torch.autograd.graph.increment_version(list(self.prompted.parameters()))
+
     def gradient_reaches_prompt(self) -> bool:
         """Whether the backward pass gave the encoder a gradient."""
         return any(bool(p.grad.any()) for p in self.prompted.encoder.parameters() if p.grad is not None)

@@ -203,8 +203,7 @@ class _Run:
         reached = step > 0 or self.learner.gradient_reaches_prompt()
         norm = float(self.accelerator.clip_grad_norm_(self.prompted.parameters(), self.settings.max_grad_norm))
         self.learner.check(step, mean, norm, reached=reached)
-        self.learner.optimizer.step()
-        self.learner.optimizer.zero_grad()
+        self.learner.take_step()
         return mean
 
     def _tell_plan(self) -> None:
