@@ -1,4 +1,7 @@
-"""The documentation is true: settings are those of the code, links lead somewhere, examples parse."""
+"""The documentation is true: settings and commands are those of the code, links lead somewhere, YAML and templates parse.
+
+Its Python is run by `test_docs_python.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from pages import PAGES, READMES, ROOT, fenced, name_of
 
 from ptune.cli import app
 from ptune.config.candidates import candidates_of, load_search
@@ -29,18 +33,6 @@ TASKS: list[dict[str, Any]] = [
 TAGGING = {"task": {"type": "tagging"}, "prompt": {"template": "[P*4]{tokens}"}}
 NO_SETTINGS = {"logprobs", "top_logprobs", "weight"}
 """What stands in a page as a setting does, and is a member of a request or of a record."""
-
-ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")]
-READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
-
-
-def fenced(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-
-
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 def settings_within(page: Path) -> list[str]:
