@@ -1,4 +1,5 @@
-"""The documentation is true: settings and commands are those of the code, links lead somewhere, YAML and templates parse.
+"""The documentation is true: settings and commands are those of the code, YAML and templates parse, links lead
+somewhere.
 
 Its Python is run by `test_docs_python.py`.
 """
