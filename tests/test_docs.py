@@ -32,6 +32,8 @@ TASKS: list[dict[str, Any]] = [
     {"type": "tagging"},
 ]
 TAGGING = {"task": {"type": "tagging"}, "prompt": {"template": "[P*4]{tokens}"}}
+OTHERS_OPTIONS = {"--enable-prompt-embeds", "--quality", "--questions", "--tasks", "--tensor-parallel-size"}
+"""Options of other programs that pages name."""
 NO_SETTINGS = {"logprobs", "top_logprobs", "weight"}
 """What stands in a page as a setting does, and is a member of a request or of a record."""
 
@@ -62,6 +64,35 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert missing == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what links to the headings of a page are called."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_to_headings_lead_to_one(page: Path) -> None:
+    for file, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert anchor in anchors(page.parent / file if file else page), f"{file}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_options_within_sentences_are_options(page: Path) -> None:
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    known = {option for command in commands for parameter in command.params for option in parameter.opts}
+    for option in re.findall(r"`(--[a-z][\w.-]*)", page.read_text(encoding="utf-8")):
+        assert option in known | OTHERS_OPTIONS or override(option.removeprefix("--")) in setting_names(), option
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_and_targets_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    files = re.findall(r"\b((?:benchmarks|docs|examples|recipes|src|tests)/[\w/-]+\.(?:py|yaml|md))\b", text)
+    assert [file for file in files if not (ROOT / file).is_file() and file != "examples/NAME.yaml"] == []
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(re.findall(r"`make ([a-z-]+)`", text)) <= set(targets)
 
 
 def commands_of(page: Path) -> list[str]:
