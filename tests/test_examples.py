@@ -6,19 +6,27 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
-from tiny_models import tiny_model, tiny_tokenizer
+from example_records import LANGUAGES, write_facts, write_records
+from tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
 
+import ptune
+from ptune.config.candidates import SearchConfig, load_search
 from ptune.config.file import load_config
 from ptune.config.run import RunConfig
-from ptune.config.task import TASK_CONFIGS, ClassificationConfig
+from ptune.config.task import TASK_CONFIGS, ClassificationConfig, ExtractionConfig, GenerationConfig
 from ptune.models.backbone import Backbone
+from ptune.records.data import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import completed
 from ptune.template import Template
-from ptune.training.assembly import build_task, read_records
+from ptune.training.assembly import build_task, read_records, template_for
+
+Records: TypeAlias = tuple[list[Record], list[Record]]
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
@@ -32,10 +40,10 @@ DATA_SETS = {
     "shopping_categories.yaml": "shopping_zh",
     "sst2_deep.yaml": "sst2",
     "sst2_mini.yaml": "sst2",
+    "sst2_search.yaml": "sst2",
 }
 """Folders of the data sets of examples that are not called as theirs."""
 
-LANGUAGES = ["English", "French", "German", "Italian", "Spanish", "Russian"]
 QUESTION = "数学考试有哪些技巧？"
 
 
@@ -48,7 +56,7 @@ def bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ptune(*arguments: object) -> str:
+def command(*arguments: object) -> str:
     """Return what a command prints that runs through."""
     done = subprocess.run(
         [sys.executable, "-m", "ptune", *map(str, arguments)],
@@ -60,15 +68,28 @@ def ptune(*arguments: object) -> str:
     return done.stdout
 
 
+def settings_of(name: str, changes: Mapping[str, Any] | None = None) -> tuple[RunConfig, SearchConfig | None]:
+    """Return the settings of an example's run, and those of its search where it is one."""
+    config, search = load_search(EXAMPLES / name, changes)
+    return config, search if search.vary else None
+
+
+def tiny_backbone(family: str) -> Backbone:
+    """Return a tiny model whose tokenizer has a chat template, which one of the examples asks for."""
+    tokenizer = tiny_tokenizer(family)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    return Backbone(tiny_model(family), tokenizer, family)
+
+
 def test_there_are_examples_and_the_tutorials_job_is_among_them() -> None:
     assert "alpaca_zh_bloom.yaml" in FILES
-    assert len(FILES) >= 3
+    assert len(FILES) >= 26
     assert set(DATA_SETS) <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_an_example_is_a_run_with_a_task_and_virtual_tokens(name: str) -> None:
-    config = load_config(EXAMPLES / name)
+    config, search = settings_of(name)
     assert isinstance(config, RunConfig)
     assert isinstance(config.task, TASK_CONFIGS)
     template = Template.parse(config.prompt.template)
@@ -76,31 +97,12 @@ def test_an_example_is_a_run_with_a_task_and_virtual_tokens(name: str) -> None:
     assert template.fields
     assert config.output.parts[0] == "prompts"
     first = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()[0]
-    assert first.startswith(f"# ptune train examples/{name}")
+    assert first.startswith(f"# ptune {'search' if search else 'train'} examples/{name}")
 
 
 def test_no_two_examples_write_into_one_folder() -> None:
-    outputs = [load_config(EXAMPLES / name).output for name in FILES]
+    outputs = [settings_of(name)[0].output for name in FILES]
     assert len(set(outputs)) == len(outputs)
-
-
-def write_facts(folder: Path) -> None:
-    """Write facts of LAMA's shape, with the candidates that one of its examples asks for."""
-    for split, count in (("train", 24), ("dev", 12), ("test", 12)):
-        rows = []
-        for number in range(count):
-            subject, spoken = f"Speaker {number}", LANGUAGES[number % 6]
-            others = [language for language in LANGUAGES if language != spoken][:3]
-            rows.append(
-                {
-                    "predicate_id": "P103",
-                    "sub_label": subject,
-                    "obj_label": spoken,
-                    "masked_sentences": [f"The native language of {subject} is [MASK] ."],
-                    "candidates": sorted([spoken, *others]),
-                }
-            )
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["lama.yaml", "lama_candidates.yaml"])
@@ -108,9 +110,9 @@ def test_facts_of_lama_s_shape_are_learnt_and_predicted(name: str, bloom: Path, 
     write_facts(tmp_path)
     prompt, fields = tmp_path / "prompt", load_config(EXAMPLES / name).data.fields
     few = ["--model", bloom, "--training.max_steps", 3, "--training.evaluations", 1]
-    assert "24 examples" in ptune("train", EXAMPLES / name, "--data", tmp_path, "--output", prompt, *few)
+    assert "24 examples" in command("train", EXAMPLES / name, "--data", tmp_path, "--output", prompt, *few)
     mapping = [part for field, column in fields.items() for part in ("--field", f"{field}={column}")]
-    answers = [json.loads(line) for line in ptune("predict", prompt, tmp_path, *mapping).splitlines()]
+    answers = [json.loads(line) for line in command("predict", prompt, tmp_path, *mapping).splitlines()]
     assert len(answers) == 12
     for answer in answers:
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
@@ -121,39 +123,75 @@ def test_facts_of_lama_s_shape_are_learnt_and_predicted(name: str, bloom: Path, 
             assert list(answer["probabilities"]) == LANGUAGES
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_an_example_fits_its_data_set(name: str, request: pytest.FixtureRequest, bloom: Path, tmp_path: Path) -> None:
-    if name.startswith("lama"):
-        folder = tmp_path
+def example_data(name: str, source: str, folder: Path, request: pytest.FixtureRequest) -> Path:
+    """Return the folder of an example's data: of the real set, or of a few records of its shape, written to folder."""
+    if name.startswith("lama"):  # there is no set of it at hand
         write_facts(folder)
+        return folder
+    data_set = DATA_SETS.get(name, Path(name).stem)
+    if source == "written":
+        write_records(data_set, folder)
+        found = folder
     else:
-        real_data = request.getfixturevalue("real_data")
-        folder = real_data / DATA_SETS.get(name, Path(name).stem)
+        found = request.getfixturevalue("real_data") / data_set
+    if name == "summaries.yaml" and source == "real":
+        recipe = EXAMPLES.parent / "recipes" / "summaries.py"
+        texts = found.with_name("text_en")
+        subprocess.run([sys.executable, recipe, texts, folder], check=True, stdout=subprocess.DEVNULL)
+        return folder
     if name == "entity_types.yaml":
-        subprocess.run([sys.executable, EXAMPLES / "data" / "entity_types.py", folder, tmp_path], check=True)
-        folder = tmp_path
-    if name == "summaries.yaml":
-        folder, recipe = tmp_path, EXAMPLES.parent / "recipes" / "summaries.py"
-        subprocess.run([sys.executable, recipe, real_data / "text_en", folder], check=True, stdout=subprocess.DEVNULL)
-    config = load_config(EXAMPLES / name, {"data.train": str(folder), "data.limit": 30})
-    if isinstance(config.task, ClassificationConfig):  # the tiny tokenizer spells words, which may begin one another
-        letters = {label: f" {chr(ord('A') + number)}" for number, label in enumerate(config.task.verbalizer)}
-        config = config.model_copy(update={"task": config.task.model_copy(update={"verbalizer": letters})})
-    template = Template.parse(config.prompt.template)
+        made = folder / "made"
+        subprocess.run([sys.executable, EXAMPLES / "data" / "entity_types.py", found, made], check=True)
+        return made
+    return found
+
+
+def few_steps(name: str, data: Path, output: Path) -> tuple[RunConfig, SearchConfig | None, Records]:
+    """Return an example's settings for two steps of a tiny model, those of its search if it has one, and its records.
+
+    The tiny tokenizer spells words, which may begin one another, so labels are letters. What few records leave out of
+    labels and tags is taken from dev.
+    """
+    changes = {"data.train": str(data), "data.limit": 30, "output": str(output), "training.max_steps": 2}
+    config, search = settings_of(name, changes | {"training.evaluations": 1})
     train, dev = read_records(config)
-    assert train
-    assert dev
-    config = config.model_copy(update={"task": completed(config.task, [*train, *dev])})
-    task = build_task(config, template, Backbone.load(str(bloom)))
-    examples = [task.example(record) for record in (*train[:30], *dev[:30])]
+    task = completed(config.task, [*train, *dev])
+    if isinstance(task, ClassificationConfig):
+        letters = {label: f" {chr(ord('A') + number)}" for number, label in enumerate(task.verbalizer)}
+        task = task.model_copy(update={"verbalizer": letters})
+    if isinstance(task, GenerationConfig | ExtractionConfig):
+        task = task.model_copy(update={"max_new_tokens": 8})
+    return config.model_copy(update={"task": task}), search, (train, dev[:30])
+
+
+@pytest.mark.parametrize("source", ["written", "real"])
+@pytest.mark.parametrize("name", FILES)
+def test_an_example_fits_its_data_set_and_is_trained(
+    name: str, source: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    data = example_data(name, source, data, request)
+    config, search, (train, dev) = few_steps(name, data, tmp_path / "prompt")
+    backbone = tiny_backbone("bert" if name == "conll2003_bert.yaml" else "bloom")
+    template = template_for(config, backbone)
+    task = build_task(config, template, backbone)
+    examples = [task.example(record) for record in (*train, *dev)]
+    rows = [row for example in examples if example is not None for row in example.rows]
     assert sum(example is not None for example in examples) > len(examples) // 2
-    virtual = [
-        sum(token < 0 or token >= 352 for token in row.ids)
-        for example in examples
-        if example is not None
-        for row in example.rows
-    ]
-    assert set(virtual) == {template.num_virtual_tokens}
+    assert {sum(token >= VOCABULARY for token in row.ids) for row in rows} == {template.num_virtual_tokens}
+
+    records = train[:6], dev[:4]
+    if search is None:
+        prompt = ptune.train(config, backbone=backbone, records=records)
+    else:
+        prompt = ptune.search(config, search, backbone=backbone, records=records)
+    assert prompt.summary["steps"] == 2
+    saved = SoftPrompt.load(config.output)
+    assert saved.rows.shape[0] == template.num_virtual_tokens
+    assert (saved.deep is not None) == config.prompt.deep
+    log = [json.loads(line) for line in (config.output / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == [0, 2]
 
 
 def test_the_tutorials_job_is_the_tutorials() -> None:
@@ -169,7 +207,7 @@ def test_the_tutorials_job_is_the_tutorials() -> None:
 def test_the_tutorials_job_runs_through_and_answers(real_data: Path, bloom: Path, tmp_path: Path) -> None:
     folder, output = real_data / "alpaca_zh", tmp_path / "prompt"
     where = ["--model", bloom, "--data", folder, "--output", output]
-    said = ptune("train", EXAMPLES / "alpaca_zh_bloom.yaml", *where, "--limit", 24, "--dev-limit", 8)
+    said = command("train", EXAMPLES / "alpaca_zh_bloom.yaml", *where, "--limit", 24, "--dev-limit", 8)
     assert "24 examples" in said
     assert "8 held out, 3 steps" in said
     prompt = SoftPrompt.load(output)
@@ -178,4 +216,4 @@ def test_the_tutorials_job_runs_through_and_answers(real_data: Path, bloom: Path
     assert prompt.summary["after"]["loss"] < prompt.summary["before"]["loss"]
     log = [json.loads(line) for line in (output / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in log if "loss" in line] == [0, 1, 2, 3]
-    assert ptune("generate", output, QUESTION).strip()
+    assert command("generate", output, QUESTION).strip()

@@ -194,7 +194,8 @@ def test_a_prompt_of_words_generates_what_the_words_generate(family: str, use_ca
     first = tokens.allocate(len(words))
     tokens.set_rows(first, body.embeddings(torch.tensor(words)))
     virtual = list(range(first, first + len(words)))
-    prompted = generate(body, [[*virtual, *context[len(words) :]] for context in contexts], options)
+    soft = [[*virtual, *context[len(words) :]] for context in contexts]
+    prompted = generate(body, soft, options, use_cache=use_cache)
     tokens.detach()
     assert [answer.ids for answer in prompted] == [answer.ids for answer in plain]
     theirs = body.model.generate(torch.tensor([contexts[1]]), max_new_tokens=8, do_sample=False, num_beams=1)

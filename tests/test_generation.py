@@ -8,10 +8,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tiny_models import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
+from ptune.config.run import StartConfig
 from ptune.errors import BackboneError
 from ptune.generation.generate import GenerationOptions, generate
 from ptune.models.backbone import Backbone
+from ptune.prompts.initial_rows import initial_rows
+from ptune.rendering.renderer import Renderer
+from ptune.template import Template
 
 TOKENIZER = tiny_tokenizer()
 PROMPT = TOKENIZER("Sleep, walk, and eat greens.", add_special_tokens=False)["input_ids"]
@@ -43,6 +48,40 @@ def test_untrained_tokens_of_a_text_generate_what_that_text_generates(family: st
     assert len(set(alone)) > 1  # the tiny model does answer differently
     assert [answer.ids for answer in generate(model, soft, options, use_cache=use_cache)] == alone
     assert [generate(model, [context], options, use_cache=use_cache)[0].ids for context in soft] == alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_behind_bos_untrained_tokens_of_a_text_generate_what_that_text_generates(family: str) -> None:
+    """Where the tokenizer begins every text with <s>, it stands behind opening virtual tokens but for [bos]."""
+    tokenizer, text = tiny_tokenizer(), "Sleep, walk, and eat greens."
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    model, count = Backbone(tiny_model(family), tokenizer, family), len(PROMPT)
+    rows = initial_rows(
+        StartConfig(method="text", text=text),
+        count,
+        embeddings=model.embeddings,
+        tokenizer=tokenizer,
+        vocabulary_size=VOCABULARY,
+        seed=0,
+    )
+    tokens = model.attach()
+    first = tokens.allocate(count)
+    tokens.set_rows(first, rows)
+    virtual = list(range(first, first + count))
+
+    def contexts(template: str) -> list[list[int]]:
+        one = Renderer(Template.parse(template), tokenizer, vocabulary_size=VOCABULARY, first_virtual_id=first)
+        return [one.context({"text": text}) for text in TEXTS]
+
+    hard = [list(tokenizer(f"{text} {other}")["input_ids"]) for other in TEXTS]
+    behind, before = contexts(f"[bos][P*{count}] {{text}}{{answer}}"), contexts(f"[P*{count}] {{text}}{{answer}}")
+    assert [ids[: count + 1] for ids in behind] == [[1, *virtual]] * 3
+    assert [ids[: count + 1] for ids in before] == [[*virtual, 1]] * 3
+    options = GenerationOptions(max_new_tokens=8)
+    expected = [answer.ids for answer in generate(model, hard, options)]
+    assert [answer.ids for answer in generate(model, behind, options)] == expected
+    last = [model.logits(torch.tensor([ids]), torch.ones(1, len(ids)).long())[0, -1] for ids in (behind[0], before[0])]
+    assert not torch.allclose(*last, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

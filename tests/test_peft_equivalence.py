@@ -129,9 +129,9 @@ def test_twenty_steps_end_where_pefts_end(family: str, kind: str) -> None:
         assert_close(parameter, expected[name], 1e-6, name)
 
 
-def prompted_tiny(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PromptedModel:
+def prompted_tiny(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, *, count: int = P) -> PromptedModel:
     torch.manual_seed(3)
-    encoder = PromptEncoder.peft("mlp", P, 32, HIDDEN).to(dtype)
+    encoder = PromptEncoder.peft("mlp", count, 32, HIDDEN).to(dtype)
     return PromptedModel(Backbone(tiny_model(family, dtype=dtype, seed=seed), None, family), encoder)
 
 
@@ -141,12 +141,12 @@ def loss_and_gradients(model: nn.Module, loss: Tensor) -> tuple[Tensor, dict[str
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients(model).items()}
 
 
-def with_virtual_ids(batch: dict[str, Tensor], first: int, at: int) -> dict[str, Tensor]:
+def with_virtual_ids(batch: dict[str, Tensor], first: int, at: int, *, count: int = P) -> dict[str, Tensor]:
     """Set the virtual tokens behind the first ``at`` tokens of every row's text, pads staying where they are."""
     rows = []
     for ids, mask, labels in zip(*batch.values(), strict=True):
         begin = int(mask.argmax()) + at
-        virtual = torch.arange(first, first + P)
+        virtual = torch.arange(first, first + count)
         rows.append(
             [
                 torch.cat([values[:begin], new, values[begin:]])
@@ -214,9 +214,12 @@ def test_one_batch_of_eight_equals_eight_of_one_weighted_by_tokens() -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_token_log_probabilities_line_up_with_a_naive_computation(side: str) -> None:
-    model = prompted_tiny("qwen2").eval()
-    batch = with_virtual_ids(text_batch(side), model.first_virtual_id, at=2)
+@pytest.mark.parametrize("count", [1, P])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_log_probabilities_line_up_with_a_naive_computation(family: str, count: int, side: str) -> None:
+    dtype, tolerance = (torch.float32, 1e-4) if family == "bloom" else (torch.float64, 1e-9)  # as above
+    model = prompted_tiny(family, dtype, count=count).eval()
+    batch = with_virtual_ids(text_batch(side), model.first_virtual_id, at=2, count=count)
     found = model.token_log_probabilities(batch["input_ids"], batch["attention_mask"])
     assert found.shape == batch["input_ids"].shape
     first = model.use()
@@ -228,8 +231,27 @@ def test_token_log_probabilities_line_up_with_a_naive_computation(side: str) -> 
                 continue
             so_far = ids[places[:before]].unsqueeze(0)
             logits = model.backbone.logits(so_far, torch.ones_like(so_far))[0, -1]
-            assert math.isclose(found[row, place], torch.log_softmax(logits, -1)[ids[place]].item(), rel_tol=1e-9)
+            expected = torch.log_softmax(logits, -1)[ids[place]].item()
+            assert math.isclose(found[row, place], expected, rel_tol=tolerance)
     assert found[batch["attention_mask"] == 0].isnan().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_without_virtual_tokens_probabilities_are_the_bare_model_s(family: str) -> None:
+    """Rows of text alone: the model as transformers has it, the backbone with nobody attached, and the prompted one."""
+    batch, plain = text_batch(), tiny_model(family, dtype=torch.float64)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    logits = plain(input_ids=ids, attention_mask=mask).logits
+    expected = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    wanted = mask[:, 1:] == 1
+    model = prompted_tiny(family).eval()
+    found = model.token_log_probabilities(ids, mask)
+    assert found[:, 0].isnan().all()
+    assert_close(found[:, 1:][wanted], expected[wanted], 1e-9)
+    bare = Backbone(plain, None, family)
+    assert_close(bare.logits(ids, mask)[mask == 1], logits[mask == 1], 1e-9)
+    assert_close(bare(ids, mask, labels=batch["labels"]), model(ids, mask, labels=batch["labels"]), 1e-9)
 
 
 def digest(module: nn.Module) -> str:

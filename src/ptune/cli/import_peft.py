@@ -1,4 +1,4 @@
-"""`ptune import ADAPTER`: make a soft prompt of a P-tuning or prompt-tuning adapter that PEFT has saved."""
+"""`ptune import ADAPTER`: make a soft prompt of an adapter that PEFT has saved of P-tuning, prompt or prefix tuning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def import_peft(
     output: Annotated[Path, typer.Option(help="Folder of the soft prompt.")],
     model: Annotated[str | None, typer.Option(help="The backbone; as the config says where absent.")] = None,
 ) -> None:
-    """Make a soft prompt of an adapter that PEFT has trained by P-tuning or prompt tuning."""
+    """Make a soft prompt of an adapter that PEFT has trained by P-tuning, prompt tuning or prefix tuning."""
     from ptune.config.file import load_config
 
     settings = load_config(config, {"model.name": model} if model is not None else {})
