@@ -450,7 +450,7 @@ def test_the_command_line_trains_scores_uses_and_looks_into_one(tmp_path: Path) 
     assert "for 4 virtual tokens and a linear head of 2 outputs" in said
     run("eval", tmp_path / "prompt", "--data", tmp_path / "dev.jsonl", "--json", tmp_path / "eval.json")
     metrics = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["metrics"]
-    assert metrics.keys() == {"micro_f1", "macro_f1", "exact_match", "loss"}
+    assert metrics.keys() == {"micro_f1", "macro_f1", "exact_match", "loss", "prediction_share"}
     assert metrics["loss"] == pytest.approx(SoftPrompt.load(tmp_path / "prompt").summary["after"]["loss"], rel=1e-4)
     answer = json.loads(run("predict", tmp_path / "prompt", "the soup was great").stdout)
     assert answer["probabilities"].keys() == {"soup", "film"}

@@ -18,6 +18,7 @@ from ptune.rendering.filling import location
 from ptune.rendering.renderer import Renderer
 from ptune.tasks.entity_text import EntityText, Passage, Reading
 from ptune.tasks.generation import Generation
+from ptune.tasks.metrics import prediction_share
 from ptune.tasks.spans import Span, scheme_of, spans_of
 
 
@@ -100,12 +101,13 @@ class Extraction(Generation):
         return super().answer_from(record, generated) | {"spans": spans, "dropped": dropped}
 
     def scores(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> dict[str, float]:
-        """Return F1, precision and recall of all entities, the share of answers that parse, and what was dropped."""
+        """Return the scores of `extraction_scores`, and how many answers are the most frequent text."""
         answers = self.written(backbone, records, batch_size=batch_size)
         readings = [
             self._words.read(self.passage(record), answer.text) for record, answer in zip(records, answers, strict=True)
         ]
-        return extraction_scores(readings, [self.spans(record) for record in records])
+        scores = extraction_scores(readings, [self.spans(record) for record in records])
+        return scores | {"prediction_share": prediction_share([answer.text for answer in answers])}
 
     def _of_tags(self, record: Mapping[str, Any]) -> list[Span]:
         tokens, tags = record[self.config.tokens_field], record[self.config.tags_field]
@@ -146,14 +148,17 @@ class Extraction(Generation):
 def extraction_scores(readings: Sequence[Reading], targets: Sequence[Sequence[Span]]) -> dict[str, float]:
     """Return micro F1, precision and recall of spans, the share of answers that parse, and counts of what was dropped.
 
-    Of nothing said, the precision is 0, and so is the recall of nothing to say.
+    ``exact_match`` is how many records are given all of their entities and no other. Of nothing said, the precision is
+    0, and so is the recall of nothing to say.
     """
-    right = sum(len(set(reading.spans) & set(target)) for reading, target in zip(readings, targets, strict=True))
+    pairs = list(zip(readings, targets, strict=True))
+    right = sum(len(set(reading.spans) & set(target)) for reading, target in pairs)
     said, wanted = sum(len(reading.spans) for reading in readings), sum(len(set(target)) for target in targets)
     return {
         "f1": 2 * right / (said + wanted) if said + wanted else 0.0,
         "precision": right / said if said else 0.0,
         "recall": right / wanted if wanted else 0.0,
+        "exact_match": sum(set(one.spans) == set(target) for one, target in pairs) / len(pairs),
         "parsed": sum(reading.parses for reading in readings) / len(readings),
         "unknown_types": float(sum(reading.unknown_types for reading in readings)),
         "not_found": float(sum(reading.not_found for reading in readings)),

@@ -23,6 +23,7 @@ from ptune.records.readers import Record
 from ptune.rendering.batch import Row, collate
 from ptune.rendering.filling import location
 from ptune.rendering.renderer import Renderer
+from ptune.tasks.metrics import prediction_share
 from ptune.tasks.reading import in_batches
 from ptune.tasks.task import Asked, Example, Task
 
@@ -155,11 +156,15 @@ class Generation(Task):
         return metrics
 
     def scores(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> dict[str, float]:
-        """Return the metrics of written answers that go with the one that the task chooses by."""
+        """Return the metrics of written answers that go with the one that the task chooses by, and how alike they are.
+
+        With all of them goes how many are right to the letter, ``exact_match``.
+        """
         texts = [answer.text for answer in self.written(backbone, records, batch_size=batch_size)]
         references = [self.answer(record) for record in records]
         names = ("rouge_1", "rouge_2", "rouge_l") if self.metric == "rouge_l" else (self.metric,)
-        return {name: score_texts(name, texts, references) for name in names}
+        scores = {name: score_texts(name, texts, references) for name in dict.fromkeys((*names, "exact_match"))}
+        return scores | {"prediction_share": prediction_share(texts)}
 
 
 def score_texts(metric: str, texts: Sequence[str], references: Sequence[str]) -> float:

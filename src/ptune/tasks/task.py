@@ -135,6 +135,8 @@ class Task(ABC):
     metric: str
     """Name of the metric that chooses the best checkpoint."""
     greater_is_better: bool = True
+    right_metric: str = "exact_match"
+    """Name of the metric that says how many answers are wholly right: 1 where all are."""
     answer_key: str
     """Under which name the answer itself stands in what `predict` returns."""
 
@@ -202,7 +204,11 @@ class Task(ABC):
     def evaluate(
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int
     ) -> dict[str, float]:
-        """Score answers against records that hold the right ones: ``loss`` and the task's metrics."""
+        """Score answers against records that hold the right ones: ``loss`` and the task's metrics.
+
+        Where answers are given for that, `right_metric` is among them, and ``prediction_share``: how many answers are
+        the most frequent one.
+        """
 
     def assess(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> Assessment:
         """Score answers as `evaluate` does, and say what else there is to know of them."""
