@@ -7,13 +7,13 @@ ends with a look.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from ptune.generation.generate import GenerationOptions, generate
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
 from ptune.tasks import Extraction, Generation, Task
 from ptune.tasks.reading import ReadingTask
 from ptune.training.assembly import Parts
@@ -78,9 +78,9 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
     task, backbone = parts.task, parts.prompted.backbone
     if not task.renderer.template.fields:
         return None
-    bare = task.with_renderer(task.renderer.without_virtual_tokens())
+    bare = without_prompt(task)
     writes = isinstance(task, Generation)
-    askable = (record for record in parts.dev if _asks_anything(bare, record))
+    askable = (record for record in parts.dev if asks_anything(bare, record))
     records = list(islice(askable, _WRITTEN if writes else _SCORED))
     if not records:
         return None
@@ -104,7 +104,12 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
     return Comparison(changed, len(records), shift=sum(shifts) / len(shifts), by_head=by_head)
 
 
-def _asks_anything(bare: Task, record: Record) -> bool:
+def without_prompt(task: Task) -> Task:
+    """Return a task as the bare model is asked it: the same words without virtual tokens, no fitted temperature."""
+    return task.with_renderer(task.renderer.without_virtual_tokens())
+
+
+def asks_anything(bare: Task, record: Mapping[str, Any]) -> bool:
     """Whether something is left to read of a record without virtual tokens."""
     if isinstance(bare, ReadingTask):
         return all(place >= 0 for row in bare.rows(record) for place in row.read_at)
