@@ -21,7 +21,7 @@ from ptune.errors import ConfigError, DataError
 from ptune.families import MASKED
 from ptune.models.backbone import Backbone
 from ptune.records.data import load_records
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.renderer import Renderer
 from ptune.tasks import Extraction, build_task
 from ptune.tasks.entity_text import EntityText, Passage

@@ -11,7 +11,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from ptune.config.task import GenerationConfig
 from ptune.errors import DataError, TemplateError
 from ptune.models.backbone import Backbone
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.renderer import Renderer
 from ptune.tasks import Generation, build_task, task_for
 from ptune.tasks.generation import rouge_l, score_texts

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from ptune.errors import DataError, TemplateError
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.batch import IGNORED, Row
 from ptune.rendering.preview import preview
 from ptune.rendering.renderer import Overlong, Renderer

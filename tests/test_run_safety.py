@@ -20,7 +20,7 @@ from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, MissingExtraError, TrainingError
 from ptune.files import read_tensors, write_tensors
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.training.reporting import Reporter
 from ptune.training.series import under_seeds
 from ptune.training.stopping import Stopped

@@ -15,7 +15,8 @@ from ptune import __version__
 from ptune.config.candidates import SearchConfig
 from ptune.errors import TrainingError
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record, data_hash
+from ptune.records.data import data_hash
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.training.reporting import SearchReporter
 from ptune.training.search import search

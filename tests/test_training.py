@@ -23,7 +23,7 @@ from ptune.config.run import EncoderConfig, RunConfig
 from ptune.engine.engine import Engine
 from ptune.errors import ConfigError, DataError, MissingExtraError, OutputError, SoftPromptError, TrainingError
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.training.assembly import assemble
 from ptune.training.checkpoint import Progress

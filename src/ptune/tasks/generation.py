@@ -19,7 +19,7 @@ from ptune.config.task import ExtractionConfig, GenerationConfig
 from ptune.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 from ptune.generation.generate import Generated, GenerationOptions, generate
 from ptune.models.backbone import Backbone
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.batch import Row, collate
 from ptune.rendering.filling import location
 from ptune.rendering.renderer import Renderer

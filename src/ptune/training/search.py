@@ -28,7 +28,7 @@ from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, TrainingError
 from ptune.files import write_json
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Asked
 from ptune.tasks.side_by_side import answer_side_by_side, one_forward_each

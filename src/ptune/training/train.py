@@ -24,7 +24,7 @@ from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, MissingExtraError
 from ptune.models.backbone import Backbone
 from ptune.pretrained.loading import find_device
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Example
 from ptune.training.assembly import Parts, assemble, read_records
