@@ -18,11 +18,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from ptune.config.run import Overlong
 from ptune.errors import DataError, TemplateError
 from ptune.records.record import Record
 from ptune.rendering.batch import IGNORED, Row
 from ptune.rendering.preview import preview
-from ptune.rendering.renderer import Overlong, Renderer
+from ptune.rendering.renderer import Renderer
 from ptune.template import Bos, Optional, Template, escape
 
 TUTORIAL = r"[P*10]Human: {instruction}[?\n{input}]\n\nAssistant: {answer}"

@@ -31,20 +31,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ptune.config.run import Overlong
 from ptune.errors import DataError, TemplateError, did_you_mean
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind
 from ptune.records.conversations import Exchange
 from ptune.rendering.batch import IGNORED, Row
 from ptune.rendering.filling import field_text, filled, location
-from ptune.rendering.further import Further, joined
+from ptune.rendering.further import Further, conversation_row
 from ptune.rendering.tokenised import tokenised_lists
 from ptune.template import Answer, Bos, Field, Optional, Piece, Template, Text, Virtual
-
-Overlong = Literal["cut", "drop", "error"]
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,8 @@ class Renderer:
         learnt = [*(said.learnt for said in history), True]
         further = [self._tokens(filled(self.further.words, each)) for each in asked[1:]]
         for start in range(len(history)):
-            row = joined([self._ids(asked[start]), *further[start:]], answers[start:], learnt[start:], left_out=start)
+            contexts = [self._ids(asked[start]), *further[start:]]
+            row = conversation_row(contexts, answers[start:], learnt[start:], left_out=start)
             if self.limit is None or self._text_length(row.ids) + reserve <= self.limit:
                 return row
         return None

@@ -24,7 +24,7 @@ from pydantic_core import PydanticSerializationError
 from torch import Tensor
 
 from ptune.config.mistakes import said_of
-from ptune.config.run import EncoderConfig
+from ptune.config.run import EncoderConfig, Overlong
 from ptune.config.settings import Settings
 from ptune.config.task import TaskConfig
 from ptune.errors import OutputError, SoftPromptError, did_you_mean
@@ -42,9 +42,6 @@ _KEY = "virtual_tokens"
 _DEEP_KEY = "keys_and_values"
 _ATTEMPTS = 3
 """How often a folder is read anew whose description and tensors differ, for another process may be saving in it."""
-
-Overlong = Literal["cut", "drop", "error"]
-"""What happens to an answer that is itself too long."""
 
 
 class Fingerprint(BaseModel):

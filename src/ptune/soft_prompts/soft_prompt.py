@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.config.run import EncoderConfig, ModelConfig
+from ptune.config.run import EncoderConfig, ModelConfig, Overlong
 from ptune.config.task import TaskConfig, check_task_template, head_outputs
 from ptune.errors import SoftPromptError, TemplateError
 from ptune.families import ENCODER_DECODER, MASKED
@@ -31,7 +31,6 @@ from ptune.soft_prompts.files import (
     Description,
     Fingerprint,
     HeadEntry,
-    Overlong,
     TensorsEntry,
     begin_save,
     encoder_values,
