@@ -349,8 +349,8 @@ def test_neighbouring_fields_lose_the_blanks_at_their_two_ends_together() -> Non
 def test_a_missing_field_is_named_with_what_is_there() -> None:
     with pytest.raises(
         DataError,
-        match=r'^train\.jsonl, line 7 lacks the field "instruction" that the template names; '
-        r"it has instructions, output\. "
+        match=r'^train\.jsonl, line 7 lacks the field "instruction" that the template names '
+        r"and has instructions, output\. "
         r'Did you mean "instructions"\?$',
     ):
         renderer().context(Record({"instructions": "x", "output": "y"}, "train.jsonl, line 7"))

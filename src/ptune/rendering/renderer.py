@@ -36,11 +36,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ptune.config.run import Overlong
-from ptune.errors import DataError, TemplateError, did_you_mean
+from ptune.errors import DataError, TemplateError
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind
 from ptune.records.conversations import Exchange
 from ptune.rendering.batch import IGNORED, Row
-from ptune.rendering.filling import field_text, filled, location
+from ptune.rendering.filling import field_text, filled, lacking, location
 from ptune.rendering.further import Further, conversation_row
 from ptune.rendering.tokenised import tokenised_lists
 from ptune.template import Answer, Bos, Field, Optional, Piece, Template, Text, Virtual
@@ -323,11 +323,7 @@ class Renderer:
         optional = self.template.optional_fields
         for name in self.template.fields:
             if name not in record and name not in optional:
-                known = [str(key) for key in record]
-                raise DataError(
-                    f'{location(record)} lacks the field "{name}" that the template names; '
-                    f"it has {', '.join(known) or 'none'}.{did_you_mean(name, known)}"
-                )
+                raise lacking(record, name, f'lacks the field "{name}" that the template names')
             values[name] = field_text(record, name)
         return values
 

@@ -27,8 +27,8 @@ from ptune.config.mistakes import said_of
 from ptune.config.run import EncoderConfig, Overlong
 from ptune.config.settings import Settings
 from ptune.config.task import TaskConfig
-from ptune.errors import OutputError, SoftPromptError, did_you_mean
-from ptune.files import read_json, read_tensors, tensors_hash, write_atomically, write_json, write_tensors
+from ptune.errors import OutputError, SoftPromptError
+from ptune.files import missing_file, read_json, read_tensors, tensors_hash, write_atomically, write_json, write_tensors
 from ptune.prompts.keys_and_values import KeyValueShape
 from ptune.prompts.linear_head import LinearHead, head_from, head_tensors
 from ptune.soft_prompts.model_card import CARD, is_model_card
@@ -196,10 +196,7 @@ def _check_folder(folder: Path) -> None:
     if folder.is_file():
         raise SoftPromptError(f'"{folder}" is a file; a soft prompt is given as its folder')
     if not folder.is_dir():
-        names = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise SoftPromptError(
-            f'there is no soft prompt folder "{folder}"; check the path.{did_you_mean(folder.name, names)}'
-        )
+        raise SoftPromptError(missing_file(folder, "soft prompt folder"))
     if (folder / DESCRIPTION).is_file():
         return
     within = sorted(p.parent.name for p in folder.glob(f"*/{DESCRIPTION}"))

@@ -14,7 +14,7 @@ from ptune.config.task import ExtractionConfig
 from ptune.errors import DataError, did_you_mean
 from ptune.generation.generate import Generated
 from ptune.models.backbone import Backbone
-from ptune.rendering.filling import location
+from ptune.rendering.filling import lacking, location
 from ptune.rendering.renderer import Renderer
 from ptune.tasks.entity_text import EntityText, Passage, Reading
 from ptune.tasks.generation import Generation
@@ -57,12 +57,9 @@ class Extraction(Generation):
             return Passage.of_text(tokens)
         if isinstance(text, str) and self.config.tokens_field not in record:
             return Passage.of_text(text)
-        known = [str(key) for key in record]
-        raise DataError(
-            f'{location(record)}: expected a list of words in the field "{self.config.tokens_field}", or text in '
-            f'"{self.config.text_field}", and it has {", ".join(known)}; name the right one as task.tokens_field or '
-            f"task.text_field.{did_you_mean(self.config.tokens_field, known)}"
-        )
+        words, text = self.config.tokens_field, self.config.text_field
+        said = f'lacks a list of words in the field "{words}", or text in "{text}",'
+        raise lacking(record, words, said, "name the right one as task.tokens_field or task.text_field")
 
     def spans(self, record: Mapping[str, Any]) -> list[Span]:
         """Return the right spans, of tokens or of characters, in order.
@@ -73,12 +70,8 @@ class Extraction(Generation):
         of_tokens = self.config.tokens_field in record
         field = self.config.tags_field if of_tokens else self.config.spans_field
         if not isinstance(record.get(field), list):
-            known = [str(key) for key in record]
-            raise DataError(
-                f'{location(record)} has no entities: expected a list in the field "{field}", and it has '
-                f"{', '.join(known)}; name the right one as task.{'tags' if of_tokens else 'spans'}_field."
-                f"{did_you_mean(field, known)}"
-            )
+            mend = f"name the right one as task.{'tags' if of_tokens else 'spans'}_field"
+            raise lacking(record, field, f'has no entities: it lacks a list in the field "{field}"', mend)
         spans = self._of_tags(record) if of_tokens else self._of_text(record)
         for span in spans:
             if span.type not in self.config.types:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ptune.config.task import ExtractionConfig, GenerationConfig
-from ptune.errors import ConfigError, DataError, MissingExtraError, did_you_mean
+from ptune.errors import ConfigError, DataError, MissingExtraError
 from ptune.generation.generate import Generated, GenerationOptions, generate
 from ptune.models.backbone import Backbone
 from ptune.records.record import Record
 from ptune.rendering.batch import Row, collate
-from ptune.rendering.filling import location
+from ptune.rendering.filling import lacking, location
 from ptune.rendering.renderer import Renderer
 from ptune.tasks.metrics import prediction_share
 from ptune.tasks.reading import in_batches
@@ -71,11 +71,8 @@ class Generation(Task):
                     f"{record.location} is a conversation that ends with a question, so nothing can be learnt at its "
                     "end; write its answer, or remove the question"
                 )
-            known = [str(key) for key in record]
-            raise DataError(
-                f'{location(record)} has no answer: it lacks text in the field "{field}" and has {", ".join(known)}; '
-                f"name the right one as task.answer_field.{did_you_mean(field, known)}"
-            )
+            said = f'has no answer: it lacks text in the field "{field}"'
+            raise lacking(record, field, said, "name the right one as task.answer_field")
         return str(record[field])
 
     def shown(self, record: Mapping[str, Any]) -> Row | None:

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ptune.config.settings import Settings
-from ptune.errors import DataError, did_you_mean
 from ptune.models.backbone import Backbone
 from ptune.prompts.linear_head import LinearHead
 from ptune.rendering.batch import Row
-from ptune.rendering.filling import location
+from ptune.rendering.filling import lacking
 from ptune.rendering.renderer import Renderer
 from ptune.tasks.calibration import Bin
 
@@ -228,9 +227,5 @@ def answer_value(record: Mapping[str, Any], field: str, setting: str, what: str)
         DataError: the record lacks the field.
     """
     if field not in record:
-        known = [str(key) for key in record]
-        raise DataError(
-            f'{location(record)} has no {what}: it lacks the field "{field}" and has {", ".join(known)}; '
-            f"name the right one as {setting}.{did_you_mean(field, known)}"
-        )
+        raise lacking(record, field, f'has no {what}: it lacks the field "{field}"', f"name the right one as {setting}")
     return record[field]
