@@ -356,7 +356,7 @@ def test_the_files_say_what_the_head_is_and_damage_is_found(tmp_path: Path) -> N
     text = (tmp_path / "ptune.json").read_text(encoding="utf-8")
     from ptune.files import tensors_hash
 
-    changed = tensors_hash(tmp_path / "soft_prompt.safetensors")
+    changed = tensors_hash(tmp_path / "soft_prompt.safetensors", SoftPromptError)
     text = text.replace(description.virtual_tokens.sha256, changed)
     (tmp_path / "ptune.json").write_text(text, encoding="utf-8")
     with pytest.raises(SoftPromptError, match=r"expected the tensors .*head.bias \[3\] and holds"):

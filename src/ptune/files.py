@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptune.errors import OutputError, PtuneError, SoftPromptError, did_you_mean
+from ptune.errors import OutputError, PtuneError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +163,7 @@ def read_tensors(path: str | Path, error: type[PtuneError]) -> dict[str, Tensor]
         ) from cause
 
 
-def tensors_hash(path: str | Path, error: type[PtuneError] = SoftPromptError) -> str:
+def tensors_hash(path: str | Path, error: type[PtuneError]) -> str:
     """Return the SHA-256 of a file's bytes, 64 hexadecimal digits.
 
     Raises:

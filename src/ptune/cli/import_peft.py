@@ -1,8 +1,7 @@
-"""`ptune import ADAPTER`: make a soft prompt of a P-tuning or prompt-tuning adapter that PEFT has saved."""
+"""`ptune import ADAPTER`: make a soft prompt of an adapter of virtual tokens that PEFT has saved."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,7 @@ def import_peft(
     output: Annotated[Path, typer.Option(help="Folder of the soft prompt.")],
     model: Annotated[str | None, typer.Option(help="The backbone; as the config says where absent.")] = None,
 ) -> None:
-    """Make a soft prompt of an adapter that PEFT has trained by P-tuning or prompt tuning."""
+    """Make a soft prompt of an adapter that PEFT has trained by P-tuning, prompt tuning or prefix tuning."""
     from ptune.config.file import load_config
 
     settings = load_config(config, {"model.name": model} if model is not None else {})
@@ -32,8 +31,13 @@ def import_peft(
     if (output / "ptune.json").exists():
         raise OutputError(f'"{output}" holds another soft prompt; choose another --output')
     backbone = Backbone.load(settings.model)
-    prompt = read(adapter, backbone=backbone, template=template_for(settings, backbone).source, task=settings.task)
-    asked = settings.prompt
-    prompt = dataclasses.replace(prompt, max_length=asked.max_length, overlong=asked.overlong or prompt.overlong)
+    prompt = read(
+        adapter,
+        backbone=backbone,
+        template=template_for(settings, backbone).source,
+        task=settings.task,
+        max_length=settings.prompt.max_length,
+        overlong=settings.prompt.overlong,
+    )
     prompt.save(output)
     typer.echo(f"{len(prompt.rows)} virtual tokens imported to {output}")

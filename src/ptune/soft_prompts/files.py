@@ -113,10 +113,10 @@ def begin_save(folder: Path, rows: Tensor, deep: KeyValueShape | None = None, he
         OutputError: the folder cannot be written.
     """
     with contextlib.suppress(SoftPromptError):  # there is nothing yet that would load
-        if tensors_hash(folder / TENSORS) == read_description(folder).virtual_tokens.sha256:
+        if tensors_hash(folder / TENSORS, SoftPromptError) == read_description(folder).virtual_tokens.sha256:
             write_atomically(folder / _PREVIOUS, lambda temporary: _copy(folder / TENSORS, temporary))
     write_tensors(folder / TENSORS, {_DEEP_KEY if deep else _KEY: rows} | head_tensors(head), {"format": "pt"})
-    return tensors_hash(folder / TENSORS)
+    return tensors_hash(folder / TENSORS, SoftPromptError)
 
 
 def end_save(folder: Path, description: Description) -> None:
@@ -247,7 +247,7 @@ def _tensors_of(folder: Path, description: Description) -> dict[str, Tensor] | N
     for name in (TENSORS, _PREVIOUS):
         with contextlib.suppress(SoftPromptError):  # gone or damaged: then it is not what is looked for
             tensors = read_tensors(folder / name, SoftPromptError)
-            if tensors_hash(folder / name) == description.virtual_tokens.sha256:
+            if tensors_hash(folder / name, SoftPromptError) == description.virtual_tokens.sha256:
                 return tensors
     return None
 
