@@ -67,7 +67,8 @@ def test_answers_keep_the_records_order_whatever_the_batch(backbone: Backbone) -
 
 def test_a_metric_that_needs_answers_is_reported_beside_the_loss(backbone: Backbone) -> None:
     metrics = build(backbone, metric="rouge_l").evaluate(backbone, RECORDS, batch_size=8)
-    assert set(metrics) == {"loss", "perplexity", "rouge_1", "rouge_2", "rouge_l"}
+    said = {"loss", "perplexity", "rouge_1", "rouge_2", "rouge_l", "exact_match", "prediction_share"}
+    assert set(metrics) == said
     assert 0 <= metrics["rouge_l"] < 1
 
 
