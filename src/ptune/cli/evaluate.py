@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,19 +71,18 @@ def evaluate(
     if split is None:
         split = "test" if Path(data).is_file() or has_split(data, "test") else "dev"
     records = load_records(data, split=split, fields=column_mapping(field), limit=limit)
+    names = _names(prompt, records, by)
     own: dict[str, list[Any]] = {}
-    for record in records:
-        own.setdefault(prompt.resolve().name if by is None else _name_in(record, by), []).append(record)
-    folders = _folders(prompt, own, by)
-    with _engine(folders, model, no_prompt, **loading(device, dtype, trust_remote_code)) as engine:
-        bare = _bare_tasks(engine, own) if no_prompt else {}
-        found = {
-            name: bare[name].assess(engine.backbone, some, batch_size=batch_size)
-            if no_prompt
-            else engine.assess(name, some, batch_size=batch_size)
-            for name, some in own.items()
-        }
-        backbone = engine.backbone
+    for name, record in zip(names, records, strict=True):
+        own.setdefault(name, []).append(record)
+    with _engine(_folders(prompt, names, by), model, no_prompt, **loading(device, dtype, trust_remote_code)) as engine:
+        backbone, found = engine.backbone, {}
+        bare = _bare_tasks(engine, names, records) if no_prompt else {}
+        for name, some in own.items():
+            if no_prompt:
+                found[name] = bare[name].assess(backbone, some, batch_size=batch_size)
+            else:
+                found[name] = engine.assess(name, some, batch_size=batch_size)
         about = {
             "prompt": str(prompt),
             "no_prompt": no_prompt,
@@ -171,16 +170,12 @@ def predict(
     else:
         _check_split(data, split)
         records = list(load_records(data, split=split or "test", fields=column_mapping(field), limit=limit))
-    names = [prompt.resolve().name if by is None else _name_in(record, by) for record in records or [{}]]
-    folders = _folders(prompt, names, by)
-    with _engine(folders, model, no_prompt, **loading(device, dtype, trust_remote_code)) as engine:
+    names = _names(prompt, records or [{}], by)
+    with _engine(_folders(prompt, names, by), model, no_prompt, **loading(device, dtype, trust_remote_code)) as engine:
         if is_text:
             records = [engine.first_field(names[0], data)]
         if no_prompt:
-            own: dict[str, list[Any]] = {}
-            for name, record in zip(names, records, strict=True):
-                own.setdefault(name, []).append(record)
-            bare = _bare_tasks(engine, own)
+            bare = _bare_tasks(engine, names, records)
             questions = [(bare[name], record) for name, record in zip(names, records, strict=True)]
             answers = answer_together(engine.backbone, questions, batch_size=batch_size)
         else:
@@ -196,20 +191,23 @@ def predict(
         typer.echo(f"{len(answers)} answers written to {output}", err=True)
 
 
-def _name_in(record: Mapping[str, Any], column: str) -> str:
-    """Return the soft prompt that a column of a record names.
+def _names(prompt: Path, records: Sequence[Mapping[str, Any]], by: str | None) -> list[str]:
+    """Return which soft prompt answers each record: the one that was given, or that which its column names.
 
     Raises:
-        DataError: it names none.
+        DataError: a record names none.
     """
     from ptune.rendering.filling import location
 
-    if record.get(column) in (None, ""):
-        raise DataError(f'{location(record)} names no soft prompt in its column "{column}"')
-    return str(record[column])
+    if by is None:
+        return [prompt.resolve().name] * len(records)
+    for record in records:
+        if record.get(by) in (None, ""):
+            raise DataError(f'{location(record)} names no soft prompt in its column "{by}"')
+    return [str(record[by]) for record in records]
 
 
-def _folders(prompt: Path, names: Iterable[str], by: str | None) -> dict[str, Path]:
+def _folders(prompt: Path, names: Sequence[str], by: str | None) -> dict[str, Path]:
     """Return the folders of the soft prompts that answer, by name: the one that was given, or those in it.
 
     Raises:
@@ -248,12 +246,13 @@ def _engine(folders: Mapping[str, Path], model: str | None, no_prompt: bool, **l
         yield engine
 
 
-def _bare_tasks(engine: Engine, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Task]:
-    """Return the tasks of soft prompts without their virtual tokens.
+def _bare_tasks(engine: Engine, names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> dict[str, Task]:
+    """Return the tasks of soft prompts without their virtual tokens, by name.
 
     Args:
         engine: that has the soft prompts.
-        records: that each will be asked.
+        names: of the one that each record goes to.
+        records: that the bare model will be asked.
 
     Raises:
         DataError: nothing is left of a record.
@@ -261,14 +260,13 @@ def _bare_tasks(engine: Engine, records: Mapping[str, Sequence[Mapping[str, Any]
     from ptune.rendering.filling import location
     from ptune.training.comparison import asks_anything, without_prompt
 
-    bare = {name: without_prompt(engine.hold(name).task) for name in records}
-    for name, some in records.items():
-        for record in some:
-            if bare[name].renderer.template.fields and not asks_anything(bare[name], record):
-                raise DataError(
-                    f"{location(record)} leaves the bare model nothing to read, for without virtual tokens no word is "
-                    "left; leave the record out"
-                )
+    bare = {name: without_prompt(engine.hold(name).task) for name in dict.fromkeys(names)}
+    for name, record in zip(names, records, strict=True):
+        if bare[name].renderer.template.fields and not asks_anything(bare[name], record):
+            raise DataError(
+                f"{location(record)} leaves the bare model nothing to read, for without virtual tokens no word is "
+                "left; leave the record out"
+            )
     return bare
 
 
