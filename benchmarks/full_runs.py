@@ -30,7 +30,8 @@ from ptune.config.run import ModelConfig, RunConfig
 from ptune.config.task import LinearClassificationConfig, TaggingConfig
 from ptune.engine.engine import Engine
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record, draw, load_records
+from ptune.records.data import draw, load_records
+from ptune.records.record import Record
 from ptune.tasks import completed, task_for
 from ptune.template import Template
 from ptune.training.assembly import read_records

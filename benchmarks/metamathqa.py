@@ -40,8 +40,8 @@ from ptune.config.run import RunConfig, TrainingConfig
 from ptune.engine.engine import Engine
 from ptune.errors import DataError
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
 from ptune.records.readers import read_records
+from ptune.records.record import Record
 from ptune.training.train import train
 
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:{answer}"

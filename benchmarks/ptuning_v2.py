@@ -30,7 +30,8 @@ from ptune.config.run import RunConfig
 from ptune.engine.engine import Engine
 from ptune.errors import DataError
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record, load_records
+from ptune.records.data import load_records
+from ptune.records.record import Record
 from ptune.training.train import train
 
 SOURCE = "Liu et al. 2022, P-Tuning v2, RoBERTa-large"

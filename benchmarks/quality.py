@@ -34,7 +34,8 @@ from ptune.config.task import ClassificationConfig
 from ptune.engine.engine import Engine
 from ptune.errors import PtuneError
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record, draw_shots
+from ptune.records.data import draw_shots
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import task_for
 from ptune.template import Template

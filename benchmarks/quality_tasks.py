@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptune.records.data import Record, load_records
+from ptune.records.data import load_records
+from ptune.records.record import Record
 
 _SAMPLE_SEED = 0
 

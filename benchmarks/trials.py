@@ -18,7 +18,8 @@ from ptune.config.settings import Settings
 from ptune.config.task import ClassificationConfig
 from ptune.engine.engine import Engine
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record, draw, load_records
+from ptune.records.data import draw, load_records
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Task, task_for
 from ptune.template import Template

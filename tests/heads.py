@@ -10,7 +10,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.config.run import RunConfig
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
+from ptune.records.record import Record
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 LABELS = ("bad", "fair", "good")

@@ -89,8 +89,8 @@ def a_missing_folder(folder: Path) -> Path:
 FOLDERS: list[tuple[Callable[[Path], Path], str]] = [
     (a_file, '"{path}" is a file; the model is given as its folder'),
     (a_folder_without_config, '"{path}" is no model folder: it has no config.json'),
-    (a_misspelt_folder, 'there is no model folder "{path}". Did you mean "bloom-560m"?'),
-    (a_missing_folder, 'there is no model folder "{path}".'),
+    (a_misspelt_folder, 'there is no model folder "{path}"; check the path. Did you mean "bloom-560m"?'),
+    (a_missing_folder, 'there is no model folder "{path}", for there is no folder {path.parent}; check the path.'),
 ]
 
 

@@ -127,7 +127,7 @@ def tree(folder: Path) -> dict[str, str]:
         (b'{"text": "a", "label": "good"}\n{"text": "\xff"}\n', ["train.jsonl", "UTF-8"]),
         (
             GOOD + '{"txt": "b", "label": "bad"}\n',
-            ["train.jsonl, line 9", 'lacks the field "text"', "it has txt, label"],
+            ["train.jsonl, line 9", 'lacks the field "text"', "and has txt, label"],
         ),
         (GOOD + '{"text": "b", "label": "bda"}\n', ["train.jsonl, line 9", "bda", 'Did you mean "bad"?']),
         (GOOD + '{"text": "b", "lable": "bad"}\n', ["train.jsonl, line 9", '"label"', "text, lable"]),

@@ -12,7 +12,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from ptune.config.task import ChoiceConfig, ClassificationConfig
 from ptune.errors import DataError
 from ptune.models.backbone import Backbone
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.tasks import task_for
 from ptune.tasks.calibration import calibration_error, reliability
 from ptune.tasks.choice import Choice

@@ -15,7 +15,7 @@ from ptune.errors import ConfigError, DataError
 from ptune.models.backbone import Backbone
 from ptune.models.prompted_model import PromptedModel
 from ptune.prompts.encoder import build_encoder
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.batch import collate
 from ptune.rendering.renderer import Renderer
 from ptune.tasks import build_task

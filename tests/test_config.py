@@ -125,7 +125,9 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, text: str, fou
 
 def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "sst2.yaml").write_text("", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r'there is no config file ".*sts2\.yaml"\. Did you mean "sst2\.yaml"\?'):
+    with pytest.raises(
+        ConfigError, match=r'there is no config file ".*sts2\.yaml"; check the path\. Did you mean "sst2\.yaml"\?'
+    ):
         load_config(tmp_path / "sts2.yaml")
 
 

@@ -25,7 +25,7 @@ from ptune.families import ENCODER_DECODER
 from ptune.models.backbone import Backbone
 from ptune.records.conversations import Exchange
 from ptune.records.data import load_records
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.batch import IGNORED
 from ptune.rendering.chat_template import in_chat
 from ptune.rendering.preview import preview

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from ptune.errors import DataError
 from ptune.records.conversations import Exchange
-from ptune.records.data import Record, data_hash, has_split, load_records, split_dev
+from ptune.records.data import data_hash, has_split, load_records, split_dev
+from ptune.records.record import Record
 
 ROWS = [{"text": "a, b", "label": "yes"}, {"text": 'say "提示"\nnow', "label": "no"}]
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)

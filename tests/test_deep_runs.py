@@ -26,7 +26,7 @@ from ptune.engine.engine import Engine
 from ptune.errors import BackboneError, ConfigError, SoftPromptError, TemplateError
 from ptune.models.backbone import Backbone
 from ptune.models.deep_start import keys_and_values_of
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.soft_prompts.peft_format import read_peft_adapter
 from ptune.soft_prompts.soft_prompt import SoftPrompt, import_peft
 from ptune.training.assembly import template_for

@@ -21,7 +21,7 @@ from ptune.errors import ConfigError, DataError
 from ptune.families import MASKED
 from ptune.models.backbone import Backbone
 from ptune.records.data import load_records
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.renderer import Renderer
 from ptune.tasks import Extraction, build_task
 from ptune.tasks.entity_text import EntityText, Passage
@@ -177,8 +177,8 @@ def test_predictions_have_spans_alone_and_among_others() -> None:
         ({"tokens": ["a"], "tags": ["PERSON"]}, 'the tag "PERSON" is of none of the schemes .*; rewrite the tags'),
         ({"tokens": ["a", "b", "c"], "tags": ["B-PER", "M-PER", "I-PER"]}, "M- and I- both occur"),
         ({"tokens": ["a"], "tags": ["B-PRE"]}, 'the type "PRE" is none of task.types.*Did you mean "PER"'),
-        ({"tokens": ["a"], "tag": ["O"]}, 'has no entities: .*"tags", and it has tokens, tag; .*Did you mean "tag"'),
-        ({"words": ["a"]}, 'expected a list of words in the field "tokens", or text in "text", and it has words'),
+        ({"tokens": ["a"], "tag": ["O"]}, 'has no entities: .*"tags" and has tokens, tag; .*Did you mean "tag"'),
+        ({"words": ["a"]}, 'lacks a list of words in the field "tokens", or text in "text", and has words'),
         (
             {"text": "abc", "spans": [{"start": 1, "end": 9, "type": "PER"}]},
             "span 1: 1 to 9 does not lie in the text of 3",

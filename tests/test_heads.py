@@ -356,7 +356,7 @@ def test_the_files_say_what_the_head_is_and_damage_is_found(tmp_path: Path) -> N
     text = (tmp_path / "ptune.json").read_text(encoding="utf-8")
     from ptune.files import tensors_hash
 
-    changed = tensors_hash(tmp_path / "soft_prompt.safetensors")
+    changed = tensors_hash(tmp_path / "soft_prompt.safetensors", SoftPromptError)
     text = text.replace(description.virtual_tokens.sha256, changed)
     (tmp_path / "ptune.json").write_text(text, encoding="utf-8")
     with pytest.raises(SoftPromptError, match=r"expected the tensors .*head.bias \[3\] and holds"):
@@ -450,7 +450,7 @@ def test_the_command_line_trains_scores_uses_and_looks_into_one(tmp_path: Path) 
     assert "for 4 virtual tokens and a linear head of 2 outputs" in said
     run("eval", tmp_path / "prompt", "--data", tmp_path / "dev.jsonl", "--json", tmp_path / "eval.json")
     metrics = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["metrics"]
-    assert metrics.keys() == {"micro_f1", "macro_f1", "exact_match", "loss"}
+    assert metrics.keys() == {"micro_f1", "macro_f1", "exact_match", "loss", "prediction_share"}
     assert metrics["loss"] == pytest.approx(SoftPrompt.load(tmp_path / "prompt").summary["after"]["loss"], rel=1e-4)
     answer = json.loads(run("predict", tmp_path / "prompt", "the soup was great").stdout)
     assert answer["probabilities"].keys() == {"soup", "film"}

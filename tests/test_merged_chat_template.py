@@ -22,7 +22,7 @@ from ptune.merging.tokenizer_files import (
     write_chat_template,
 )
 from ptune.records.conversations import Exchange
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.renderer import Renderer
 from ptune.template import Template
 

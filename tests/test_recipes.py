@@ -16,7 +16,7 @@ from ptune.config.run import RunConfig
 from ptune.families import MASKED
 from ptune.models.backbone import Backbone
 from ptune.pretrained.loading import MINI
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.tasks import task_for
 from ptune.template import Template
 from ptune.training.train import train

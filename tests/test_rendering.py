@@ -18,11 +18,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from ptune.config.run import Overlong
 from ptune.errors import DataError, TemplateError
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.batch import IGNORED, Row
 from ptune.rendering.preview import preview
-from ptune.rendering.renderer import Overlong, Renderer
+from ptune.rendering.renderer import Renderer
 from ptune.template import Bos, Optional, Template, escape
 
 TUTORIAL = r"[P*10]Human: {instruction}[?\n{input}]\n\nAssistant: {answer}"
@@ -348,8 +349,8 @@ def test_neighbouring_fields_lose_the_blanks_at_their_two_ends_together() -> Non
 def test_a_missing_field_is_named_with_what_is_there() -> None:
     with pytest.raises(
         DataError,
-        match=r'^train\.jsonl, line 7 lacks the field "instruction" that the template names; '
-        r"it has instructions, output\. "
+        match=r'^train\.jsonl, line 7 lacks the field "instruction" that the template names '
+        r"and has instructions, output\. "
         r'Did you mean "instructions"\?$',
     ):
         renderer().context(Record({"instructions": "x", "output": "y"}, "train.jsonl, line 7"))

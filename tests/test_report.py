@@ -20,7 +20,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 from ptune.config.task import ClassificationConfig
 from ptune.errors import DataError, SoftPromptError
 from ptune.models.backbone import Backbone
-from ptune.reports.page import read_story, report_page
+from ptune.reports.page import report_page
+from ptune.reports.story import read_story
 from ptune.soft_prompts.nearest_words import nearest_words
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 
@@ -32,6 +33,12 @@ ASSESSMENT = {
     "labels": [EVIL, "bad"],
     "confusion": [[41, 5], [7, 11]],
     "calibration": {"temperature": 1.5, "before": BINS, "after": BINS[:1]},
+}
+COMPARISON = {
+    "changed": 31,
+    "total": 64,
+    "shift": 0.271,
+    "off_task": {"question": "Which animals?", "without": f"bare {EVIL}", "with": f"tuned {EVIL}"},
 }
 EMPTY = {"temperature": None, "before": [], "after": [{"wrong": 1}]}
 LOG = [
@@ -88,6 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.mkdir()
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG), encoding="utf-8")
     (run / "assessment.json").write_text(json.dumps(ASSESSMENT), encoding="utf-8")
+    (run / "comparison.json").write_text(json.dumps(COMPARISON), encoding="utf-8")
     settings = {
         "model": {"name": str(folder / "model")},
         "data": {"train": str(folder / "train.jsonl"), "dev": "~/dev.jsonl"},
@@ -131,8 +139,11 @@ def test_the_page_is_whole_escaped_and_fetches_nothing(folder: Path, tmp_path: P
     assert "default-src 'none'" in dict(page.attributes)["content"] or "default-src 'none'" in text
     for shown in (EVIL, "[P*4]<script>{text}</script>{answer}", "模型", "torch 2.13.0", "as they are", "held-out"):
         assert shown in page.text
+    assert "31 of 64 held-out answers differ; probabilities move by 0.27 on average." in page.text
+    for shown in ("Which animals?", f"bare {EVIL}", f"tuned {EVIL}"):
+        assert shown in page.text
     headings = re.findall(r"<h2>(.*?)</h2>", text)
-    assert len(headings) == len(set(headings)) == 6
+    assert len(headings) == len(set(headings)) == 7
     ids = [value for name, value in page.attributes if name == "id"]
     assert {value[1:] for name, value in page.attributes if name == "href"} <= set(ids)
     paths = [name for name in ids if re.fullmatch(r"[mp][0-9a-f]{10}", name)]
@@ -199,6 +210,7 @@ def test_a_copied_prompt_without_its_run_is_reported_with_an_evaluation(folder: 
     [
         ("log.jsonl", '{"step": 1}\nnonsense\n', SoftPromptError, 'log.jsonl", line 2: expected an object with a step'),
         ("assessment.json", '{"labels": ["a"]}', SoftPromptError, "expected the metrics, labels, confusion"),
+        ("comparison.json", '{"changed": 1, "total": 2}', SoftPromptError, "expected changed, total, shift and"),
         ("other.json", '{"metrics": {}, "labels": ["a"], "confusion": [[1, 2]]}', DataError, "by ptune eval --json"),
         ("other.json", json.dumps(ASSESSMENT | {"calibration": EMPTY}), DataError, "by ptune eval --json"),
     ],

@@ -17,7 +17,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, DataError, OutputError
-from ptune.records.data import Record, draw_shots
+from ptune.records.data import draw_shots
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.training.series import check_series, spread, under_seeds, with_backbones
 from ptune.training.train import train

@@ -25,7 +25,7 @@ from ptune.config.task import TaggingConfig
 from ptune.engine.engine import Engine
 from ptune.errors import ConfigError, DataError, MissingExtraError, PtuneError, SoftPromptError, TemplateError
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.rendering.words import spelled_out, split_text, tokenised_words
 from ptune.tasks import Tagging, task_for
 from ptune.tasks.spans import Span, plain_tag, spans_of

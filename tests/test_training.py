@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from ptune.config.run import EncoderConfig, RunConfig
 from ptune.engine.engine import Engine
 from ptune.errors import ConfigError, DataError, MissingExtraError, OutputError, SoftPromptError, TrainingError
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.training.assembly import assemble
 from ptune.training.checkpoint import Progress
@@ -304,9 +303,24 @@ def test_a_run_is_compared_with_the_bare_model(folder: Path, tmp_path: Path) -> 
     assert learnt.comparison.shift is not None
     assert learnt.comparison.shift > 0.05
     assert not any("changes no answer" in warning for warning in learnt.warnings)
-    assert Comparison(0, 8, shift=0.001).nothing_changed
-    assert not Comparison(0, 8, shift=0.2).nothing_changed
-    assert Comparison(0, 8).nothing_changed
+    stored = json.loads((tmp_path / "learnt" / "run" / "comparison.json").read_text(encoding="utf-8"))
+    assert stored == learnt.comparison.values()
+    assert stored["changed"] == learnt.comparison.changed
+
+
+@pytest.mark.parametrize(
+    ("comparison", "said"),
+    [
+        (Comparison(0, 8), "the prompt changes no answer: train"),
+        (Comparison(0, 8, shift=0.001), "the prompt changes no answer: train"),
+        (Comparison(0, 8, shift=0.2), "changes no answer, though probabilities move by 0.20 on average: train"),
+        (Comparison(0, 8, shift=0.2, by_head=True), "none of the linear head's answers, though probabilities move"),
+        (Comparison(8, 8, all_alike=True), "all 8 answers with the prompt are one and the same text"),
+    ],
+)
+def test_what_is_said_where_a_prompt_changes_no_answer_or_makes_all_one(comparison: Comparison, said: str) -> None:
+    assert said in (comparison.warning or "")
+    assert Comparison(1, 8, shift=0.001).warning is None
 
 
 def test_a_generation_run_ends_with_a_question_off_the_task(folder: Path, tmp_path: Path) -> None:
@@ -383,41 +397,54 @@ class KilledError(Exception):
     """Stands for a kill at a chosen moment."""
 
 
-def test_a_kill_before_the_first_step_or_the_last_save_changes_nothing(folder: Path, tmp_path: Path) -> None:
-    """Early stopping counts the same evaluations, whatever a resumed run had done already."""
+def test_early_stopping_and_the_best_step_are_the_same_wherever_a_run_was_broken(folder: Path, tmp_path: Path) -> None:
+    """A resumed run counts the evaluations that were done before, and saves rows that it has not computed itself."""
 
-    def run(name: str, stop_at: int | None) -> SoftPrompt:
+    def run(name: str, *, interrupt: int | None = None, kill: int | None = None) -> SoftPrompt:
         config = settings(
             folder,
             tmp_path / name,
-            learning_rate=1e-9,
+            learning_rate=0.02,
+            schedule="constant",
             max_steps=40,
             evaluations=40,
-            patience=3,
+            patience=4,
             checkpoint_minutes=1e-9,
         )
 
-        class Killer(Reporter):
+        class Breaking(Reporter):
             def stopped_early(self, step: int, patience: int) -> None:
-                if stop_at == -1:
+                if kill == -1:
                     raise KilledError
 
             def stepped(self, step: int, loss: float, learning_rate: float) -> None:
-                if step == stop_at:
+                if step == kill:
                     raise KilledError
+                if step == interrupt:
+                    os.kill(os.getpid(), signal.SIGINT)
 
-        with contextlib.suppress(KilledError):
-            return train(config, reporter=Killer())
+        if interrupt is None and kill is None:
+            return train(config)
+        with pytest.raises((KilledError, Stopped)):
+            train(config, reporter=Breaking())
         return train(config, resume=True)
 
-    whole = run("whole", None)
-    for name, stop_at in (("first", 1), ("last", -1)):
-        broken = run(name, stop_at)
+    whole = run("whole")
+    best, end = whole.summary["best_step"], whole.summary["steps"]
+    assert 1 < best < end - 2 < end < 40
+    for name, how in {
+        "first": {"kill": 1},
+        "behind-best": {"interrupt": best + 2},
+        "killed-behind-best": {"kill": best + 2},
+        "last": {"kill": -1},
+    }.items():
+        broken = run(name, **how)
         assert torch.equal(broken.rows, whole.rows)
-        assert broken.summary["steps"] == whole.summary["steps"] == 3
+        assert (broken.summary["best_step"], broken.summary["steps"]) == (best, end)
+        assert broken.summary["after"] == whole.summary["after"]
         log = (tmp_path / name / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        steps = [json.loads(line)["step"] for line in log]
-        assert steps == sorted(set(steps))
+        steps = [json.loads(line)["step"] for line in log if "train_loss" not in line]
+        assert steps == list(range(end + 1))
 
 
 def test_starting_from_a_prompt_of_another_backbone_or_length_is_refused(folder: Path, tmp_path: Path) -> None:

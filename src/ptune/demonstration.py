@@ -11,7 +11,8 @@ from pathlib import Path
 from ptune.config.run import RunConfig
 from ptune.config.task import ClassificationConfig
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record, load_records
+from ptune.records.data import load_records
+from ptune.records.record import Record
 from ptune.tasks import task_for
 from ptune.template import Template
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptune.errors import OutputError, PtuneError, SoftPromptError, did_you_mean
+from ptune.errors import OutputError, PtuneError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +163,7 @@ def read_tensors(path: str | Path, error: type[PtuneError]) -> dict[str, Tensor]
         ) from cause
 
 
-def tensors_hash(path: str | Path, error: type[PtuneError] = SoftPromptError) -> str:
+def tensors_hash(path: str | Path, error: type[PtuneError]) -> str:
     """Return the SHA-256 of a file's bytes, 64 hexadecimal digits.
 
     Raises:
@@ -202,13 +202,18 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         os.close(file)
 
 
-def missing_file(path: str | Path) -> str:
-    """Return a sentence for a path where nothing is, with the nearest name in its folder."""
+def missing_file(path: str | Path, what: str = "") -> str:
+    """Return a sentence for a path where nothing is, with the nearest name in its folder.
+
+    Args:
+        path: where something should be.
+        what: should be there, as in ``soft prompt folder``.
+    """
     path = Path(path)
-    folder = path.parent
+    said, folder = f'there is no {what} "{path}"' if what else f"{path} does not exist", path.parent
     if not folder.is_dir():
-        return f"{path} does not exist, for there is no folder {folder}; check the path."
-    return f"{path} does not exist; check the path.{did_you_mean(path.name, sorted(os.listdir(folder)))}"
+        return f"{said}, for there is no folder {folder}; check the path."
+    return f"{said}; check the path.{did_you_mean(path.name, sorted(os.listdir(folder)))}"
 
 
 def read_bytes(path: str | Path, error: type[PtuneError]) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,9 @@ from ptune.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ptune.engine.engine import Engine
+    from ptune.tasks import Task
+
 _MOST_LABELS = 12
 """Of more labels a terminal is too narrow to show the confusion matrix."""
 
@@ -24,6 +28,11 @@ Fields = Annotated[
     list[str] | None, typer.Option("--field", help="Template field=column of the file; may be repeated.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Records answered at once.")]
+By = Annotated[
+    str | None,
+    typer.Option(help="Column that names each record's soft prompt; PROMPT is then a folder of soft prompts."),
+]
+NoPrompt = Annotated[bool, typer.Option("--no-prompt", help="Ask the bare model, by the template's words alone.")]
 
 
 def evaluate(
@@ -39,11 +48,13 @@ def evaluate(
     field: Fields = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
     batch_size: BatchSize = 32,
+    by: By = None,
+    no_prompt: NoPrompt = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write metrics, confusion matrix and calibration there.")
     ] = None,
 ) -> None:
-    """Score a soft prompt on records with their answers."""
+    """Score a soft prompt, or each record's own, on records with their answers."""
     from ptune.cli.quiet import quiet
 
     quiet()
@@ -51,34 +62,60 @@ def evaluate(
     from rich.markup import escape
     from rich.table import Column, Table
 
-    from ptune.cli.progress import format_value
-    from ptune.engine.engine import Engine
+    from ptune import __version__
+    from ptune.cli.progress import format_metrics, format_value
     from ptune.files import write_json
-    from ptune.records.data import has_split, load_records
+    from ptune.records.data import data_hash, has_split, load_records
 
     _check_split(data, split)
     if split is None:
         split = "test" if Path(data).is_file() or has_split(data, "test") else "dev"
     records = load_records(data, split=split, fields=column_mapping(field), limit=limit)
-    with Engine.for_prompt(prompt, model, **loading(device, dtype, trust_remote_code)) as engine:
-        (name,) = engine.prompts
-        assessment = engine.assess(name, records, batch_size=batch_size)
-    metrics = assessment.metrics
+    names = _names(prompt, records, by)
+    own: dict[str, list[Any]] = {}
+    for name, record in zip(names, records, strict=True):
+        own.setdefault(name, []).append(record)
+    with _engine(_folders(prompt, names, by), model, no_prompt, **loading(device, dtype, trust_remote_code)) as engine:
+        backbone, found = engine.backbone, {}
+        bare = _bare_tasks(engine, names, records) if no_prompt else {}
+        for name, some in own.items():
+            if no_prompt:
+                found[name] = bare[name].assess(backbone, some, batch_size=batch_size)
+            else:
+                found[name] = engine.assess(name, some, batch_size=batch_size)
+        about = {
+            "prompt": str(prompt),
+            "no_prompt": no_prompt,
+            "data": data,
+            "split": None if Path(data).is_file() else split,
+            "records": len(records),
+            "data_hash": data_hash(records),
+            "backbone": backbone.name,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "device": backbone.device.type,
+            "ptune": __version__,
+        }
     part = "" if Path(data).is_file() else f" ({split})"
-    table = Table(
-        "metric",
-        Column("value", justify="right"),
-        title=escape(f"{prompt} on {len(records):,} records of {data}{part}"),
-    )
-    for metric, value in metrics.items():
-        table.add_row(metric, format_value(metric, value))
-    Console().print(table)
-    if assessment.labels:
-        Console().print(confusion_table(assessment.labels, assessment.confusion))
+    without = ", without its virtual tokens" if no_prompt else ""
+    title = escape(f"{prompt} on {len(records):,} records of {data}{part}{without}")
+    if by is not None:
+        table = Table("soft prompt", Column("records", justify="right"), "metrics", title=title)
+        for name, assessment in found.items():
+            table.add_row(escape(name), f"{len(own[name]):,}", format_metrics(assessment.metrics))
+        Console().print(table)
+        each = {name: {"records": len(own[name])} | assessment.values() for name, assessment in found.items()}
+        values: dict[str, Any] = {"by": by, "prompts": each}
+    else:
+        (assessment,) = found.values()
+        table = Table("metric", Column("value", justify="right"), title=title)
+        for metric, value in assessment.metrics.items():
+            table.add_row(metric, format_value(metric, value))
+        Console().print(table)
+        if assessment.labels:
+            Console().print(confusion_table(assessment.labels, assessment.confusion))
+        values = assessment.values()
     if json_file is not None:
-        part_read = None if Path(data).is_file() else split
-        about = {"prompt": str(prompt), "data": data, "split": part_read, "records": len(records)}
-        write_json(json_file, about | assessment.values())
+        write_json(json_file, about | values)
 
 
 def confusion_table(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> Table | str:
@@ -110,10 +147,8 @@ def predict(
     field: Fields = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
     batch_size: BatchSize = 32,
-    by: Annotated[
-        str | None,
-        typer.Option(help="Column that names each record's soft prompt; PROMPT is then a folder of soft prompts."),
-    ] = None,
+    by: By = None,
+    no_prompt: NoPrompt = False,
 ) -> None:
     """Answer records with a soft prompt, or each with its own, as JSON lines in the records' order.
 
@@ -123,7 +158,7 @@ def predict(
     from ptune.cli.quiet import quiet
 
     quiet()
-    from ptune.engine.engine import Engine
+    from ptune.engine.mixed_batches import answer_together
     from ptune.files import write_text
     from ptune.records.data import load_records, looks_like_a_source
 
@@ -135,15 +170,16 @@ def predict(
     else:
         _check_split(data, split)
         records = list(load_records(data, split=split or "test", fields=column_mapping(field), limit=limit))
-    folders = {prompt.resolve().name: prompt} if by is None else _named(prompt, records, by)
-    first, *others = folders
-    with Engine.for_prompt(folders[first], model, name=first, **loading(device, dtype, trust_remote_code)) as engine:
-        for other in others:
-            engine.offer(other, folders[other])
+    names = _names(prompt, records or [{}], by)
+    with _engine(_folders(prompt, names, by), model, no_prompt, **loading(device, dtype, trust_remote_code)) as engine:
         if is_text:
-            records = [engine.first_field(first, data)]
-        names = first if by is None else [str(record[by]) for record in records]
-        answers = engine.predict(names, records, batch_size=batch_size)
+            records = [engine.first_field(names[0], data)]
+        if no_prompt:
+            bare = _bare_tasks(engine, names, records)
+            questions = [(bare[name], record) for name, record in zip(names, records, strict=True)]
+            answers = answer_together(engine.backbone, questions, batch_size=batch_size)
+        else:
+            answers = engine.predict(names[0] if by is None else names, records, batch_size=batch_size)
     lines = "".join(
         json.dumps(_beside(record, answer), ensure_ascii=False, default=str) + "\n"  # a table may hold dates
         for record, answer in zip(records, answers, strict=True)
@@ -155,26 +191,83 @@ def predict(
         typer.echo(f"{len(answers)} answers written to {output}", err=True)
 
 
-def _named(prompts: Path, records: Sequence[Mapping[str, Any]], column: str) -> dict[str, Path]:
-    """Return the folders of the soft prompts that a column of records names.
+def _names(prompt: Path, records: Sequence[Mapping[str, Any]], by: str | None) -> list[str]:
+    """Return which soft prompt answers each record: the one that was given, or that which its column names.
 
     Raises:
-        DataError: a record names none, or there are no records.
-        SoftPromptError: there is no such soft prompt.
+        DataError: a record names none.
     """
     from ptune.rendering.filling import location
+
+    if by is None:
+        return [prompt.resolve().name] * len(records)
+    for record in records:
+        if record.get(by) in (None, ""):
+            raise DataError(f'{location(record)} names no soft prompt in its column "{by}"')
+    return [str(record[by]) for record in records]
+
+
+def _folders(prompt: Path, names: Sequence[str], by: str | None) -> dict[str, Path]:
+    """Return the folders of the soft prompts that answer, by name: the one that was given, or those in it.
+
+    Raises:
+        SoftPromptError: there is no such soft prompt.
+    """
     from ptune.soft_prompts.library import Library
 
-    if not records:
-        raise DataError("there are no records to answer")
-    library = Library(prompts)
-    folders: dict[str, Path] = {}
-    for record in records:
-        if record.get(column) in (None, ""):
-            raise DataError(f'{location(record)} names no soft prompt in its column "{column}"')
-        name = str(record[column])
-        folders[name] = library.find(name)
-    return folders
+    if by is None:
+        return {prompt.resolve().name: prompt}
+    library = Library(prompt)
+    return {name: library.find(name) for name in dict.fromkeys(names)}
+
+
+@contextmanager
+def _engine(folders: Mapping[str, Path], model: str | None, no_prompt: bool, **loading: Any) -> Iterator[Engine]:
+    """Give an engine that has soft prompts, each loaded when it is first used.
+
+    Raises:
+        ConfigError: the bare model is asked, and a soft prompt answers by a linear head.
+        SoftPromptError, BackboneError: as `Engine.for_prompt`.
+    """
+    from ptune.config.task import head_outputs
+    from ptune.engine.engine import Engine
+    from ptune.soft_prompts.files import read_description
+
+    for name, folder in folders.items() if no_prompt else ():
+        if head_outputs(read_description(folder).task) is not None:
+            raise ConfigError(
+                f'"{name}" answers by a linear head that was trained beside its virtual tokens, and the bare model has '
+                "none; leave --no-prompt out"
+            )
+    first, *others = folders
+    with Engine.for_prompt(folders[first], model, name=first, **loading) as engine:
+        for other in others:
+            engine.offer(other, folders[other])
+        yield engine
+
+
+def _bare_tasks(engine: Engine, names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> dict[str, Task]:
+    """Return the tasks of soft prompts without their virtual tokens, by name.
+
+    Args:
+        engine: that has the soft prompts.
+        names: of the one that each record goes to.
+        records: that the bare model will be asked.
+
+    Raises:
+        DataError: nothing is left of a record.
+    """
+    from ptune.rendering.filling import location
+    from ptune.training.comparison import asks_anything, without_prompt
+
+    bare = {name: without_prompt(engine.hold(name).task) for name in dict.fromkeys(names)}
+    for name, record in zip(names, records, strict=True):
+        if bare[name].renderer.template.fields and not asks_anything(bare[name], record):
+            raise DataError(
+                f"{location(record)} leaves the bare model nothing to read, for without virtual tokens no word is "
+                "left; leave the record out"
+            )
+    return bare
 
 
 def _check_split(data: str, split: str | None) -> None:

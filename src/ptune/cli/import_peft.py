@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +31,13 @@ def import_peft(
     if (output / "ptune.json").exists():
         raise OutputError(f'"{output}" holds another soft prompt; choose another --output')
     backbone = Backbone.load(settings.model)
-    prompt = read(adapter, backbone=backbone, template=template_for(settings, backbone).source, task=settings.task)
-    asked = settings.prompt
-    prompt = dataclasses.replace(prompt, max_length=asked.max_length, overlong=asked.overlong or prompt.overlong)
+    prompt = read(
+        adapter,
+        backbone=backbone,
+        template=template_for(settings, backbone).source,
+        task=settings.task,
+        max_length=settings.prompt.max_length,
+        overlong=settings.prompt.overlong,
+    )
     prompt.save(output)
     typer.echo(f"{len(prompt.rows)} virtual tokens imported to {output}")

@@ -152,9 +152,7 @@ def _inspect_prompt(folder: Path, model: str | None, count: int, *, as_json: boo
     from rich.markup import escape
     from rich.table import Table
 
-    from ptune.errors import BackboneError
-    from ptune.models.backbone import Backbone
-    from ptune.soft_prompts.nearest_words import nearest_words
+    from ptune.soft_prompts.nearest_words import words_of_prompt
     from ptune.soft_prompts.soft_prompt import SoftPrompt
 
     console = Console(highlight=False, soft_wrap=True)
@@ -166,23 +164,16 @@ def _inspect_prompt(folder: Path, model: str | None, count: int, *, as_json: boo
     for name, value in _facts(prompt.describe()):
         facts.add_row(f"[bold]{name}", escape(value))
     console.print(facts)
-    if prompt.deep is not None:
-        console.print("[dim]A deep prompt is keys and values at every layer, to which no words are near.[/]")
+    found, no_words = words_of_prompt(prompt, model, count)
+    if found is None:
+        console.print(f"[dim]{escape(no_words)}[/]")
         return
-    try:
-        backbone = Backbone.load(model or prompt.backbone_name)
-    except BackboneError as error:
-        if model is not None:
-            raise
-        console.print(f"[dim]nearest words need the backbone: {escape(str(error))}[/]")
-        return
-    prompt.check(backbone)
     table = Table(
         "virtual token",
         "nearest words (cosine)",
         title="Nearest words. Read little into them: the model reads directions that no word has.",
     )
-    for number, neighbours in enumerate(nearest_words(prompt.rows, backbone, count)):
+    for number, neighbours in enumerate(found):
         words = ", ".join(f"{word.text!r} {word.cosine:.2f}" for word in neighbours.by_cosine)
         table.add_row(str(number), escape(words))
     console.print(table)

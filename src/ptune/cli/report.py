@@ -23,29 +23,16 @@ def report(
     from ptune.cli.quiet import quiet
 
     quiet()
-    from ptune.errors import BackboneError
     from ptune.files import write_text
-    from ptune.models.backbone import Backbone
-    from ptune.reports.page import read_story, report_page
+    from ptune.reports.page import report_page
     from ptune.reports.pictures import check_matplotlib
-    from ptune.soft_prompts.nearest_words import nearest_words
+    from ptune.reports.story import read_story
+    from ptune.soft_prompts.nearest_words import words_of_prompt
     from ptune.soft_prompts.soft_prompt import SoftPrompt
 
     check_matplotlib()
     loaded = SoftPrompt.load(prompt)
-    words, no_words = None, ""
-    if loaded.deep is not None:
-        no_words = "A deep prompt is keys and values at every layer, to which no words are near."
-    else:
-        try:
-            backbone = Backbone.load(model or loaded.backbone_name)
-        except BackboneError as error:
-            if model is not None:
-                raise
-            no_words = f"Nearest words need the backbone: {error}"
-        else:
-            loaded.check(backbone)
-            words = nearest_words(loaded.rows, backbone, count)
+    words, no_words = words_of_prompt(loaded, model, count)
     page = report_page(read_story(prompt, loaded, evaluation=evaluation, words=words, no_words=no_words))
     path = output or prompt / "report.html"
     write_text(path, page)

@@ -18,6 +18,7 @@ from ptune.config.mistakes import said_of
 from ptune.config.run import RunConfig
 from ptune.config.task import TASK_CONFIGS
 from ptune.errors import ConfigError, did_you_mean
+from ptune.files import missing_file
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -59,8 +60,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f'there is no config file "{path}".{did_you_mean(path.name, names)}')
+        raise ConfigError(missing_file(path, "config file"))
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

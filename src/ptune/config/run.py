@@ -21,6 +21,9 @@ from ptune.config.task import (
 )
 from ptune.template import Template
 
+Overlong = Literal["cut", "drop", "error"]
+"""What happens to an answer that is itself too long, or to words to tag."""
+
 _DEEP_RATE = 0.05
 """Keys and values want ten times the rate of virtual tokens: docs/recipes.md."""
 
@@ -128,9 +131,10 @@ class PromptConfig(Settings):
     encoder: EncoderConfig = EncoderConfig()
     start: StartConfig = StartConfig()
     max_length: int | None = Field(None, gt=0, description="Text tokens of one example; virtual tokens come on top.")
-    overlong: Literal["cut", "drop", "error"] | None = Field(
+    overlong: Overlong | None = Field(
         None,
-        description="For an answer that is itself too long. Default: cut for generation, error for classification.",
+        description="For an answer that is itself too long, or words to tag. Default: cut for generation, extraction "
+        "and tagging, else error.",
     )
 
     @field_validator("template")

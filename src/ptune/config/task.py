@@ -6,9 +6,9 @@ Knows nothing of models, tensors or files' contents, and imports no torch, so th
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ptune.config.settings import Settings, label_text
 from ptune.errors import TemplateError
@@ -17,6 +17,17 @@ from ptune.template import Template
 
 TAG = re.compile(r"O|[BIESMLU](-.+)?")
 """Tags of the schemes that are read alike: BIO, IOB1, BIOES, BMES, BILOU; without a type for word segmentation."""
+
+_Value = TypeVar("_Value")
+
+
+def _names_as_text(value: Any) -> Any:
+    # YAML reads `yes`, `true` and `1` as booleans and numbers; data files write them as text or as such.
+    return {label_text(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+_Named = Annotated[dict[str, _Value], BeforeValidator(_names_as_text)]
+"""A mapping by labels, or by what the data calls them."""
 
 _FIT_TEMPERATURE = (
     "Fit one temperature on dev at the end of training, for probabilities that mean what they say; no label changes."
@@ -28,7 +39,7 @@ class ClassificationConfig(Settings):
 
     type: Literal["classification"] = "classification"
     label_field: str = Field("label", description="The record's field that holds its label.")
-    verbalizer: dict[str, str] = Field(
+    verbalizer: _Named[str] = Field(
         description="Label -> its words, blanks kept, as in {positive: ' great', negative: ' terrible'}."
     )
     calibration: Literal["none", "length", "prior"] = Field(
@@ -43,16 +54,10 @@ class ClassificationConfig(Settings):
         default_factory=dict,
         description="Field -> the field in whose text it must stand, as the two entities of a relation do.",
     )
-    label_weights: dict[str, float] = Field(
+    label_weights: _Named[float] = Field(
         default_factory=dict, description="How much a label's examples weigh in the loss; 1 where absent."
     )
     fit_temperature: bool = Field(True, description=_FIT_TEMPERATURE)
-
-    @field_validator("verbalizer", mode="before")
-    @classmethod
-    def _labels_are_text(cls, value: Any) -> Any:
-        # YAML reads `yes`, `true` and `1` as booleans and numbers; data files write them as text or as such.
-        return {label_text(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
     @field_validator("verbalizer")
     @classmethod
@@ -63,11 +68,6 @@ class ClassificationConfig(Settings):
         if empty:
             raise ValueError(f"label {empty[0]!r} has no words")
         return value
-
-    @field_validator("label_weights", mode="before")
-    @classmethod
-    def _weights_of_text(cls, value: Any) -> Any:
-        return {label_text(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _labels_that_exist(self) -> ClassificationConfig:
@@ -118,7 +118,7 @@ class LinearClassificationConfig(Settings):
         False, description="A record has any number of labels: a list of them, or one text with separators."
     )
     separator: str = Field(",", min_length=1, description="Between labels in a text, where multi_label is on.")
-    label_weights: dict[str, float] = Field(
+    label_weights: _Named[float] = Field(
         default_factory=dict, description="How much a label's examples weigh in the loss; 1 where absent."
     )
     fit_temperature: bool = Field(True, description=f"{_FIT_TEMPERATURE} Not with multi_label.")
@@ -138,11 +138,6 @@ class LinearClassificationConfig(Settings):
     @classmethod
     def _different_labels(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return _distinct(value, "label")
-
-    @field_validator("label_weights", mode="before")
-    @classmethod
-    def _weights_of_text(cls, value: Any) -> Any:
-        return {label_text(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _what_goes_together(self) -> LinearClassificationConfig:
@@ -167,15 +162,10 @@ class TaggingConfig(Settings):
     tokens_field: str = Field("tokens", description="The record's field that holds its words, a list.")
     tags_field: str = Field("tags", description="The record's field that holds their tags, a list as long.")
     tags: tuple[str, ...] = Field((), description="The tags; those of the training data, sorted, where absent.")
-    tag_names: dict[str, str] = Field(
+    tag_names: _Named[str] = Field(
         default_factory=dict, description="What the data calls a tag -> the tag, as in {0: O, 1: B-PER, 2: I-PER}."
     )
     metric: Literal["entity_f1", "token_accuracy"] = Field("entity_f1", description="Chooses the best checkpoint.")
-
-    @field_validator("tag_names", mode="before")
-    @classmethod
-    def _names_of_text(cls, value: Any) -> Any:
-        return {label_text(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
     @field_validator("tags")
     @classmethod

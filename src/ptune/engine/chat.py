@@ -11,7 +11,7 @@ from typing import Any
 from ptune.engine.engine import Engine
 from ptune.generation.generate import Generated, GenerationOptions, generate
 from ptune.records.conversations import Exchange
-from ptune.records.readers import Record
+from ptune.records.record import Record
 
 
 class Chat:

@@ -101,11 +101,7 @@ class Engine:
             BackboneError: the backbone cannot be loaded.
         """
         prompt = SoftPrompt.load(folder)
-        if model is None:
-            loading = {"revision": (prompt.summary.get("model") or {}).get("revision")} | loading
-        if not isinstance(model, ModelConfig):
-            model = ModelConfig(name=model or prompt.backbone_name)
-        engine = cls(ModelConfig.model_validate(model.model_dump() | loading))
+        engine = cls(ModelConfig.model_validate(prompt.model_config(model).model_dump() | loading))
         engine.add(name or Path(folder).resolve().name, prompt)
         return engine
 

@@ -103,9 +103,7 @@ def merge_prompts(
     check_place(output, overwrite=overwrite)
     named = _named(prompts)
     if backbone is None:
-        prompt = next(iter(named.values()))
-        revision = (prompt.summary.get("model") or {}).get("revision")
-        backbone = ModelConfig(name=prompt.backbone_name, revision=revision)
+        backbone = next(iter(named.values())).model_config()
     kind = next(iter(named.values())).fingerprint.get("kind")
     if kind != CAUSAL.name:
         raise SoftPromptError(

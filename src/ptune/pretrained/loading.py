@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptune.config.run import ModelConfig
-from ptune.errors import BackboneError, did_you_mean
+from ptune.errors import BackboneError
 from ptune.families import MASKED, Kind, kind_of
+from ptune.files import missing_file
 from ptune.pretrained.precision import precision_for
 from ptune.pretrained.quantization import quantize
 
@@ -107,9 +108,7 @@ def check_folder(source: str) -> None:
     elif path.exists():
         raise BackboneError(f'"{source}" is a file; the model is given as its folder')
     elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        parent = path.parent
-        names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        raise BackboneError(f'there is no model folder "{source}".{did_you_mean(path.name, names)}')
+        raise BackboneError(missing_file(path, "model folder"))
     elif source.count("/") == 0 and os.environ.get("HF_HUB_OFFLINE") == "1":
         raise BackboneError(
             f'"{source}" is neither "mini" nor a model folder here, and the Hub is off (HF_HUB_OFFLINE=1)'

@@ -16,9 +16,10 @@ from typing import Any
 from ptune.config.settings import label_text
 from ptune.errors import DataError, did_you_mean
 from ptune.records.conversations import Exchange, read_conversation, read_history
-from ptune.records.readers import Record, has_split, looks_like_a_source, read_records
+from ptune.records.readers import has_split, looks_like_a_source, read_records
+from ptune.records.record import Record
 
-__all__ = ["Record", "data_hash", "draw", "draw_shots", "has_split", "load_records", "looks_like_a_source", "split_dev"]
+__all__ = ["data_hash", "draw", "draw_shots", "has_split", "load_records", "looks_like_a_source", "split_dev"]
 
 _ABSENT = object()
 _NOT_TEXT = ("id", "idx", "label", "labels")

@@ -10,34 +10,18 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from ptune.errors import DataError, did_you_mean
 from ptune.files import decode, missing_file, one_line, parse_json, read_bytes
-from ptune.records.conversations import Exchange
+from ptune.records.record import Record
 
 _SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-class Record(dict[str, Any]):
-    """One example of the user's data, a mapping of field names to values.
-
-    Attributes:
-        location: where it stands, as in ``train.jsonl, line 12``; part of every error about it.
-        history: of a conversation, what was said before the question that stands in the fields.
-        open_question: whether the conversation ends with that question, and has no answer to it.
-    """
-
-    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), location: str = "a record") -> None:
-        super().__init__(values)
-        self.location = location
-        self.history: tuple[Exchange, ...] = ()
-        self.open_question = False
 
 
 class MissingSplitError(DataError):

@@ -109,6 +109,22 @@ def gap(text: str, word: str) -> str:
     return "" if not text or (WITHOUT_BLANKS.match(text[-1]) and WITHOUT_BLANKS.match(word)) else " "
 
 
+def lacking(record: Mapping[str, Any], field: str, said: str, mend: str = "") -> DataError:
+    """Return the error of a record that lacks a field, which names those that it has and the nearest.
+
+    Args:
+        record: that lacks it.
+        field: what it lacks.
+        said: of the record, as in ``lacks the field "text" that the template names``.
+        mend: what to do, where that is more than to correct the record.
+    """
+    known = [str(key) for key in record]
+    listed = ", ".join(known) or "none"
+    return DataError(
+        f"{location(record)} {said} and has {listed}{f'; {mend}' if mend else ''}.{did_you_mean(field, known)}"
+    )
+
+
 def location(record: Mapping[str, Any]) -> str:
     """Return where a record stands, for messages."""
     return getattr(record, "location", "a record")

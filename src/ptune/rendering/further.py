@@ -52,7 +52,7 @@ def end_of_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text[: places[0][0] - places[0][1]] if places else ""
 
 
-def joined(
+def conversation_row(
     contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], learnt: Sequence[bool], left_out: int = 0
 ) -> Row:
     """Return contexts, each followed by its answer, as one row in which answers that are learnt are supervised.

@@ -31,20 +31,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ptune.errors import DataError, TemplateError, did_you_mean
+from ptune.config.run import Overlong
+from ptune.errors import DataError, TemplateError
 from ptune.families import CAUSAL, ENCODER_DECODER, MASKED, Kind
 from ptune.records.conversations import Exchange
 from ptune.rendering.batch import IGNORED, Row
-from ptune.rendering.filling import field_text, filled, location
-from ptune.rendering.further import Further, joined
+from ptune.rendering.filling import field_text, filled, lacking, location
+from ptune.rendering.further import Further, conversation_row
 from ptune.rendering.tokenised import tokenised_lists
 from ptune.template import Answer, Bos, Field, Optional, Piece, Template, Text, Virtual
-
-Overlong = Literal["cut", "drop", "error"]
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,8 @@ class Renderer:
         learnt = [*(said.learnt for said in history), True]
         further = [self._tokens(filled(self.further.words, each)) for each in asked[1:]]
         for start in range(len(history)):
-            row = joined([self._ids(asked[start]), *further[start:]], answers[start:], learnt[start:], left_out=start)
+            contexts = [self._ids(asked[start]), *further[start:]]
+            row = conversation_row(contexts, answers[start:], learnt[start:], left_out=start)
             if self.limit is None or self._text_length(row.ids) + reserve <= self.limit:
                 return row
         return None
@@ -323,11 +323,7 @@ class Renderer:
         optional = self.template.optional_fields
         for name in self.template.fields:
             if name not in record and name not in optional:
-                known = [str(key) for key in record]
-                raise DataError(
-                    f'{location(record)} lacks the field "{name}" that the template names; '
-                    f"it has {', '.join(known) or 'none'}.{did_you_mean(name, known)}"
-                )
+                raise lacking(record, name, f'lacks the field "{name}" that the template names')
             values[name] = field_text(record, name)
         return values
 

@@ -1,35 +1,23 @@
 """One page on a soft prompt: how its run went, where it errs, how sure it may be, what its virtual tokens are near.
 
 The page is a single HTML file: no script, nothing fetched, readable in light and dark. Every text of the user's is
-escaped, and of folders of the machine that made it only the last names are told. Knows a soft prompt's folder; of
-models only the words near to its virtual tokens, which others look for.
+escaped. Knows what there is to tell, and neither files nor models.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from html import escape
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ptune.errors import DataError, SoftPromptError
-from ptune.files import read_json
 from ptune.reports.pictures import check_matplotlib, curves, reliability_diagram
-from ptune.soft_prompts.nearest_words import NearestWords, Word
-from ptune.soft_prompts.soft_prompt import SoftPrompt
+from ptune.reports.story import Story, last_name
+from ptune.soft_prompts.nearest_words import Word
 from ptune.tasks.calibration import Bin, calibration_error
-from ptune.training.run_folder import ASSESSMENT, LOG, SETTINGS
 
 _MOST_LABELS = 30
 """Of more labels a page shows the confusions that happen most, instead of all."""
 _MOST_CONFUSIONS = 25
-_PATHS = (("model", "name"), ("data", "train"), ("data", "dev"), ("prompt", "start", "prompt"), ("output",))
-"""Settings that may hold paths."""
-
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1c1e21; --faint: #63676e; --rule: #d9dce1;
   --share: 37, 99, 235; --line0: #2563eb; --line1: #d97706; --line2: #059669; --line3: #9333ea; }
@@ -53,73 +41,6 @@ code { overflow-wrap: anywhere; white-space: pre-wrap; }
 """
 
 
-@dataclass(frozen=True)
-class Story:
-    """What a report tells.
-
-    Attributes:
-        name: of the soft prompt's folder.
-        described: what `SoftPrompt.describe` says.
-        log: the run's lines, JSON values; empty where the run's files are gone.
-        assessment: `Assessment.values` with what it was made on; None for tasks without labels.
-        settings: of the run, as YAML.
-        words: near to each virtual token; None where they are not known.
-        no_words: a sentence on why they are not.
-    """
-
-    name: str
-    described: Mapping[str, Any]
-    log: Sequence[Mapping[str, Any]]
-    assessment: Mapping[str, Any] | None
-    settings: str | None
-    words: Sequence[NearestWords] | None
-    no_words: str = ""
-
-
-def read_story(
-    folder: Path,
-    prompt: SoftPrompt,
-    *,
-    evaluation: Path | None = None,
-    words: Sequence[NearestWords] | None = None,
-    no_words: str = "",
-) -> Story:
-    """Return what there is to tell of a soft prompt.
-
-    Args:
-        folder: the soft prompt's, with or without its run's files.
-        prompt: loaded from it.
-        evaluation: what `ptune eval --json` wrote; what dev said at the end of the run where absent.
-        words: near to its virtual tokens.
-        no_words: a sentence on why there are none.
-
-    Raises:
-        SoftPromptError: a file of the run was altered or cut short.
-        DataError: the evaluation is none.
-    """
-    run = folder / "run"
-    assessment = None
-    if evaluation is not None:
-        assessment = read_json(evaluation, DataError)
-        _check(assessment, evaluation, DataError, "write it by ptune eval --json")
-    elif (run / ASSESSMENT).is_file():
-        assessment = read_json(run / ASSESSMENT, SoftPromptError)
-        _check(assessment, run / ASSESSMENT, SoftPromptError, "copy the folder again, or delete this file")
-        assessment |= {"records": prompt.summary.get("dev_records"), "data": None}
-    settings = run / SETTINGS
-    return Story(
-        folder.resolve().name,
-        prompt.describe(),
-        _read_log(run / LOG) if (run / LOG).is_file() else [],
-        assessment if assessment and "labels" in assessment else None,
-        _settings_without_folders(settings.read_text(encoding="utf-8", errors="replace"))
-        if settings.is_file()
-        else None,
-        words,
-        no_words.replace(prompt.backbone_name, _last_name(prompt.backbone_name)),
-    )
-
-
 def report_page(story: Story) -> str:
     """Return the page.
 
@@ -127,7 +48,8 @@ def report_page(story: Story) -> str:
         MissingExtraError: matplotlib is not installed.
     """
     check_matplotlib()
-    sections = [*_head(story), *_run(story), *_assessment(story.assessment), *_words(story), *_settings(story)]
+    answers = (*_assessment(story.assessment), *_comparison(story.comparison))
+    sections = [*_head(story), *_run(story), *answers, *_words(story), *_settings(story)]
     return "\n".join(
         [
             "<!doctype html>",
@@ -147,7 +69,7 @@ def _head(story: Story) -> Iterator[str]:
     yield f"<h1>{escape(story.name)}</h1>"
     yield (
         f'<p class="note">A soft prompt of {described["virtual_tokens"]} virtual tokens that teaches '
-        f"{escape(_last_name(described['backbone']))}, frozen, a task of type {escape(task['type'])}.</p>"
+        f"{escape(last_name(described['backbone']))}, frozen, a task of type {escape(task['type'])}.</p>"
     )
     facts = {
         "template": f"<code>{escape(described['template'])}</code>",
@@ -161,7 +83,7 @@ def _head(story: Story) -> Iterator[str]:
                 text
                 for text in (
                     f"{summary['train_examples']} examples" if "train_examples" in summary else "",
-                    _last_name(str(summary.get("data") or "")),
+                    last_name(str(summary.get("data") or "")),
                 )
                 if text
             )
@@ -201,7 +123,7 @@ def _run(story: Story) -> Iterator[str]:
 def _assessment(assessment: Mapping[str, Any] | None) -> Iterator[str]:
     if assessment is None:
         return
-    data = assessment.get("data") and _last_name(assessment["data"])
+    data = assessment.get("data") and last_name(assessment["data"])
     on = f"{assessment.get('records')} records of {data}" if data else f"{assessment.get('records')} held-out records"
     labels, confusion = assessment["labels"], assessment["confusion"]
     yield f"<h2>Which label is taken for which</h2><p class='note'>On {escape(on)}.</p>"
@@ -218,6 +140,18 @@ def _assessment(assessment: Mapping[str, Any] | None) -> Iterator[str]:
     yield f'<p class="note">{said}. A point on the dotted line is as often right as it is sure; its size is how many '
     yield "records it stands for.</p>"
     yield f"<figure>{reliability_diagram(before, after if temperature is not None else None)}</figure>"
+
+
+def _comparison(comparison: Mapping[str, Any] | None) -> Iterator[str]:
+    if comparison is None:
+        return
+    shift, off_task = comparison["shift"], comparison["off_task"]
+    moved = "" if shift is None else f"; probabilities move by {shift:.2f} on average"
+    yield "<h2>With and without the prompt</h2>"
+    yield f'<p class="note">{comparison["changed"]} of {comparison["total"]} held-out answers differ{moved}.</p>'
+    if off_task is not None:
+        names = {"question": "off the task", "without": "bare model", "with": "with prompt"}
+        yield _table([(f"<th>{shown}</th>", f"<td>{escape(off_task[name])}</td>") for name, shown in names.items()])
 
 
 def _confusion(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
@@ -279,27 +213,6 @@ def _settings(story: Story) -> Iterator[str]:
         yield f"<h2>Settings</h2><pre>{escape(story.settings)}</pre>"
 
 
-def _settings_without_folders(text: str) -> str:
-    """Return a run's settings, of whose absolute paths only the last names are left."""
-    try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError:  # written by somebody else, so nobody knows what is a path
-        return text
-    for *outer, name in _PATHS:
-        section = settings
-        for key in outer:
-            section = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(section.get(name), str):
-            section[name] = _last_name(section[name])
-    return str(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False))
-
-
-def _last_name(text: str) -> str:
-    """Return the last name of an absolute path, and any other text as it is."""
-    path = Path(text)
-    return path.name if path.is_absolute() or text.startswith("~") else text
-
-
 def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
     named = f' class="{kind}"' if kind else ""
     return f"<table{named}>" + "\n".join("<tr>" + "".join(row) + "</tr>" for row in rows) + "</table>"
@@ -315,50 +228,3 @@ def _text(value: Any) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "-"
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise SoftPromptError(
-                f'"{path}", line {number}: expected an object with a step; it was altered or cut short, so remove the '
-                "line, or the file for a report without curves"
-            )
-        lines.append(line)
-    return lines
-
-
-def _check(values: Any, path: Path, error: type[Exception], mend: str) -> None:
-    """See that a file holds an assessment.
-
-    Raises:
-        Exception: ``error``; it does not.
-    """
-    known = isinstance(values, dict) and isinstance(values.get("metrics"), dict)
-    if known and "labels" in values:
-        count = len(values["labels"])
-        table, calibration = values.get("confusion"), values.get("calibration")
-        known = (
-            isinstance(table, list)
-            and [len(row) for row in table] == [count] * count
-            and isinstance(calibration, dict)
-            and {"temperature", "before", "after"} <= set(calibration)
-            and all(_are_bins(calibration[name]) for name in ("before", "after"))
-        )
-    if not known:
-        raise error(f'"{path}" expected the metrics, labels, confusion and calibration of an evaluation; {mend}')
-
-
-def _are_bins(values: Any) -> bool:
-    names = {field.name for field in fields(Bin)}
-    return (
-        isinstance(values, list)
-        and len(values) > 0
-        and all(isinstance(one, dict) and set(one) == names for one in values)
-        and all(isinstance(number, int | float) for one in values for number in one.values())
-    )

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ptune.errors import did_you_mean
 from ptune.records.conversations import Exchange
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.renderer import Renderer
 from ptune.serve.refusals import RefusedError
 

@@ -24,11 +24,11 @@ from pydantic_core import PydanticSerializationError
 from torch import Tensor
 
 from ptune.config.mistakes import said_of
-from ptune.config.run import EncoderConfig
+from ptune.config.run import EncoderConfig, Overlong
 from ptune.config.settings import Settings
 from ptune.config.task import TaskConfig
-from ptune.errors import OutputError, SoftPromptError, did_you_mean
-from ptune.files import read_json, read_tensors, tensors_hash, write_atomically, write_json, write_tensors
+from ptune.errors import OutputError, SoftPromptError
+from ptune.files import missing_file, read_json, read_tensors, tensors_hash, write_atomically, write_json, write_tensors
 from ptune.prompts.keys_and_values import KeyValueShape
 from ptune.prompts.linear_head import LinearHead, head_from, head_tensors
 from ptune.soft_prompts.model_card import CARD, is_model_card
@@ -42,9 +42,6 @@ _KEY = "virtual_tokens"
 _DEEP_KEY = "keys_and_values"
 _ATTEMPTS = 3
 """How often a folder is read anew whose description and tensors differ, for another process may be saving in it."""
-
-Overlong = Literal["cut", "drop", "error"]
-"""What happens to an answer that is itself too long."""
 
 
 class Fingerprint(BaseModel):
@@ -116,10 +113,10 @@ def begin_save(folder: Path, rows: Tensor, deep: KeyValueShape | None = None, he
         OutputError: the folder cannot be written.
     """
     with contextlib.suppress(SoftPromptError):  # there is nothing yet that would load
-        if tensors_hash(folder / TENSORS) == read_description(folder).virtual_tokens.sha256:
+        if tensors_hash(folder / TENSORS, SoftPromptError) == read_description(folder).virtual_tokens.sha256:
             write_atomically(folder / _PREVIOUS, lambda temporary: _copy(folder / TENSORS, temporary))
     write_tensors(folder / TENSORS, {_DEEP_KEY if deep else _KEY: rows} | head_tensors(head), {"format": "pt"})
-    return tensors_hash(folder / TENSORS)
+    return tensors_hash(folder / TENSORS, SoftPromptError)
 
 
 def end_save(folder: Path, description: Description) -> None:
@@ -199,10 +196,7 @@ def _check_folder(folder: Path) -> None:
     if folder.is_file():
         raise SoftPromptError(f'"{folder}" is a file; a soft prompt is given as its folder')
     if not folder.is_dir():
-        names = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise SoftPromptError(
-            f'there is no soft prompt folder "{folder}"; check the path.{did_you_mean(folder.name, names)}'
-        )
+        raise SoftPromptError(missing_file(folder, "soft prompt folder"))
     if (folder / DESCRIPTION).is_file():
         return
     within = sorted(p.parent.name for p in folder.glob(f"*/{DESCRIPTION}"))
@@ -253,7 +247,7 @@ def _tensors_of(folder: Path, description: Description) -> dict[str, Tensor] | N
     for name in (TENSORS, _PREVIOUS):
         with contextlib.suppress(SoftPromptError):  # gone or damaged: then it is not what is looked for
             tensors = read_tensors(folder / name, SoftPromptError)
-            if tensors_hash(folder / name) == description.virtual_tokens.sha256:
+            if tensors_hash(folder / name, SoftPromptError) == description.virtual_tokens.sha256:
                 return tensors
     return None
 

@@ -1,6 +1,6 @@
 """Which words of the vocabulary lie nearest to each virtual token: to look at, and not to read much into.
 
-Knows a backbone's embeddings and tokenizer, and nothing of files or of how the virtual tokens came about.
+Knows soft prompts and their backbones, and nothing of files or of how the virtual tokens came about.
 Shapes: P virtual tokens, H width, N ids of the tokenizer, C ids of a chunk, K nearest.
 """
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ptune.errors import BackboneError
 from ptune.models.backbone import Backbone
+from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,30 @@ class NearestWords:
     norm: float
     by_cosine: tuple[Word, ...]
     by_distance: tuple[Word, ...]
+
+
+def words_of_prompt(prompt: SoftPrompt, model: str | None, count: int) -> tuple[list[NearestWords] | None, str]:
+    """Return the words nearest to a soft prompt's virtual tokens, or None and a sentence on why there are none.
+
+    Args:
+        prompt: whose backbone is loaded.
+        model: another copy of the backbone; the one that the prompt names where absent.
+        count: K, how many words.
+
+    Raises:
+        BackboneError: a model was given, and cannot be loaded; the one that the prompt names may be gone.
+        SoftPromptError: it belongs to another backbone.
+    """
+    if prompt.deep is not None:
+        return None, "A deep prompt is keys and values at every layer, to which no words are near."
+    try:
+        backbone = Backbone.load(prompt.model_config(model))
+    except BackboneError as error:
+        if model is not None:
+            raise
+        return None, f"Nearest words need the backbone: {error}"
+    prompt.check(backbone)
+    return nearest_words(prompt.rows, backbone, count), ""
 
 
 @torch.no_grad()

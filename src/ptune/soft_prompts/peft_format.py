@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.errors import SoftPromptError, did_you_mean
-from ptune.files import read_json, read_tensors, write_json, write_tensors
+from ptune.errors import SoftPromptError
+from ptune.files import missing_file, read_json, read_tensors, write_json, write_tensors
 from ptune.prompts.keys_and_values import KeyValueShape
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -155,10 +155,7 @@ def read_peft_adapter(folder: str | Path) -> tuple[Tensor, dict[str, Any]]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        names = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise SoftPromptError(
-            f'there is no adapter folder "{folder}"; check the path.{did_you_mean(folder.name, names)}'
-        )
+        raise SoftPromptError(missing_file(folder, "adapter folder"))
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         within = sorted(p.parent.name for p in folder.glob(f"*/{ADAPTER_CONFIG}"))

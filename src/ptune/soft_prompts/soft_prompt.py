@@ -1,7 +1,7 @@
 """The soft prompt: virtual tokens, template and task, as one small folder that describes itself.
 
 No shape or setting is ever given at load, and nothing is unpickled; a folder that does not hold what it should is
-refused with what is wrong. The files and their order are those of `soft_prompt_files`.
+refused with what is wrong. The files and their order are those of `ptune.soft_prompts.files`.
 
 Knows nothing of training or serving. Shapes: P virtual tokens, H width, W as in `keys_and_values`, C outputs.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.config.run import EncoderConfig
+from ptune.config.run import EncoderConfig, ModelConfig, Overlong
 from ptune.config.task import TaskConfig, check_task_template, head_outputs
 from ptune.errors import SoftPromptError, TemplateError
 from ptune.families import ENCODER_DECODER, MASKED
@@ -31,7 +31,6 @@ from ptune.soft_prompts.files import (
     Description,
     Fingerprint,
     HeadEntry,
-    Overlong,
     TensorsEntry,
     begin_save,
     encoder_values,
@@ -252,6 +251,21 @@ class SoftPrompt:
                 "score otherwise; ptune eval says how"
             )
 
+    def model_config(self, model: ModelConfig | str | None = None) -> ModelConfig:
+        """Return the settings that load its backbone.
+
+        Args:
+            model: another copy of it, by its settings or its name; the one that it names, of the revision that it was
+                trained on, where absent.
+        """
+        if isinstance(model, ModelConfig):
+            return model
+        if model is not None:
+            return ModelConfig(name=model)
+        settings = self.summary.get("model")
+        revision = settings.get("revision") if isinstance(settings, dict) else None
+        return ModelConfig(name=self.backbone_name, revision=revision)
+
     def describe(self) -> dict[str, Any]:
         """Return what there is to say about it, as JSON values: for `ptune inspect` and the model card."""
         norms = self.rows.norm(dim=-1)  # [P]
@@ -316,7 +330,7 @@ def import_peft(
         template: with as many virtual tokens as the adapter has.
         task: what the adapter was trained for.
         max_length: as in `SoftPrompt`.
-        overlong: as in `SoftPrompt`; by default ``cut`` for generation and ``error`` for classification.
+        overlong: as in `SoftPrompt`; `default_overlong` of the task where absent.
 
     Raises:
         SoftPromptError: the adapter cannot be imported, or template or backbone do not fit it.

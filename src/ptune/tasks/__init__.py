@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ptune.config.run import Overlong
 from ptune.config.settings import Settings
 from ptune.config.task import (
     ChoiceConfig,
@@ -17,7 +18,7 @@ from ptune.config.task import (
 )
 from ptune.models.backbone import Backbone
 from ptune.prompts.linear_head import LinearHead, head_from, head_tensors
-from ptune.rendering.renderer import Overlong, Renderer
+from ptune.rendering.renderer import Renderer
 from ptune.tasks.choice import Choice
 from ptune.tasks.classification import Classification
 from ptune.tasks.extraction import Extraction

@@ -20,6 +20,8 @@ LEAST_RECORDS = 50
 LOWEST, HIGHEST = 0.05, 20.0
 """Temperatures looked at."""
 _HALVINGS = 50
+_BINS = 15
+"""Between confidence 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,18 @@ def fit_temperature(scores: Tensor, targets: Sequence[int]) -> FittedTemperature
     return FittedTemperature(1 / math.sqrt(low * high), f"fitted on {len(targets)} held-out records")
 
 
-def reliability(probabilities: Tensor, targets: Tensor, bins: int = 15) -> list[Bin]:
-    """Return the bins of equal width that hold a prediction, from unsure to sure.
+def reliability(probabilities: Tensor, targets: Tensor) -> list[Bin]:
+    """Return those of fifteen bins of equal width that hold a prediction, from unsure to sure.
 
     Args:
         probabilities: ``[E, C]``.
         targets: ``[E]`` int64.
-        bins: how many there are between 0 and 1.
     """
     confidence, predicted = probabilities.double().max(-1)
     right = (predicted == targets).double()
-    place = (confidence * bins).ceil().clamp(1, bins)
+    place = (confidence * _BINS).ceil().clamp(1, _BINS)
     found = []
-    for number in range(1, bins + 1):
+    for number in range(1, _BINS + 1):
         within = place == number
         if count := int(within.sum()):
             found.append(Bin(float(confidence[within].mean()), float(right[within].mean()), count))

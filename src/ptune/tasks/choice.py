@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ptune.config.settings import label_text
 from ptune.config.task import ChoiceConfig
-from ptune.errors import DataError, did_you_mean
+from ptune.errors import DataError
 from ptune.families import MASKED
 from ptune.pretrained.losses import at_least_float32
 from ptune.rendering.batch import IGNORED, Row
-from ptune.rendering.filling import field_text, location
+from ptune.rendering.filling import field_text, lacking, location
 from ptune.rendering.renderer import Renderer
 from ptune.tasks.scoring import ScoringTask
 
@@ -51,11 +51,8 @@ class Choice(ScoringTask):
         """
         field, choices = self.config.label_field, self.config.choices
         if field not in record:
-            known = [str(key) for key in record]
-            raise DataError(
-                f'{location(record)} does not say which choice is right: it lacks the field "{field}" and has '
-                f"{', '.join(known)}; name the right one as task.label_field.{did_you_mean(field, known)}"
-            )
+            said = f'does not say which choice is right: it lacks the field "{field}"'
+            raise lacking(record, field, said, "name the right one as task.label_field")
         label = label_text(record[field])
         named = {
             "number": [str(number) for number in range(len(choices))],
@@ -105,10 +102,7 @@ class Choice(ScoringTask):
 
     def _text(self, record: Mapping[str, Any], name: str) -> str:
         if name not in record:
-            known = [str(key) for key in record]
-            raise DataError(
-                f'{location(record)} lacks the choice "{name}" and has {", ".join(known)}.{did_you_mean(name, known)}'
-            )
+            raise lacking(record, name, f'lacks the choice "{name}"')
         text = field_text(record, name).strip()
         if not text:
             raise DataError(f'{location(record)}: the choice "{name}" is empty; write its text or leave the record out')

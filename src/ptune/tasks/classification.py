@@ -22,7 +22,7 @@ from ptune.families import MASKED
 from ptune.models.backbone import Backbone
 from ptune.pretrained.losses import at_least_float32
 from ptune.rendering.batch import Row
-from ptune.rendering.filling import field_text, location
+from ptune.rendering.filling import field_text, lacking, location
 from ptune.rendering.renderer import Renderer
 from ptune.tasks.label_reading import masked_reading, trie_reading
 from ptune.tasks.scoring import ScoringTask
@@ -94,11 +94,7 @@ class Classification(ScoringTask):
     def _check_contained(self, record: Mapping[str, Any], part: str, whole: str) -> None:
         for name in (part, whole):
             if name not in record:
-                known = [str(key) for key in record]
-                raise DataError(
-                    f'{location(record)} lacks the field "{name}" that task.contained names; it has '
-                    f"{', '.join(known)}.{did_you_mean(name, known)}"
-                )
+                raise lacking(record, name, f'lacks the field "{name}" that task.contained names')
         if (text := field_text(record, part).strip()) not in field_text(record, whole):
             raise DataError(
                 f'{location(record)}: the {part} "{text}" does not stand in its {whole}; mend the record, or leave '

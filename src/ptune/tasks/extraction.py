@@ -14,10 +14,11 @@ from ptune.config.task import ExtractionConfig
 from ptune.errors import DataError, did_you_mean
 from ptune.generation.generate import Generated
 from ptune.models.backbone import Backbone
-from ptune.rendering.filling import location
+from ptune.rendering.filling import lacking, location
 from ptune.rendering.renderer import Renderer
 from ptune.tasks.entity_text import EntityText, Passage, Reading
 from ptune.tasks.generation import Generation
+from ptune.tasks.metrics import prediction_share
 from ptune.tasks.spans import Span, scheme_of, spans_of
 
 
@@ -56,12 +57,9 @@ class Extraction(Generation):
             return Passage.of_text(tokens)
         if isinstance(text, str) and self.config.tokens_field not in record:
             return Passage.of_text(text)
-        known = [str(key) for key in record]
-        raise DataError(
-            f'{location(record)}: expected a list of words in the field "{self.config.tokens_field}", or text in '
-            f'"{self.config.text_field}", and it has {", ".join(known)}; name the right one as task.tokens_field or '
-            f"task.text_field.{did_you_mean(self.config.tokens_field, known)}"
-        )
+        words, text = self.config.tokens_field, self.config.text_field
+        said = f'lacks a list of words in the field "{words}", or text in "{text}",'
+        raise lacking(record, words, said, "name the right one as task.tokens_field or task.text_field")
 
     def spans(self, record: Mapping[str, Any]) -> list[Span]:
         """Return the right spans, of tokens or of characters, in order.
@@ -72,12 +70,8 @@ class Extraction(Generation):
         of_tokens = self.config.tokens_field in record
         field = self.config.tags_field if of_tokens else self.config.spans_field
         if not isinstance(record.get(field), list):
-            known = [str(key) for key in record]
-            raise DataError(
-                f'{location(record)} has no entities: expected a list in the field "{field}", and it has '
-                f"{', '.join(known)}; name the right one as task.{'tags' if of_tokens else 'spans'}_field."
-                f"{did_you_mean(field, known)}"
-            )
+            mend = f"name the right one as task.{'tags' if of_tokens else 'spans'}_field"
+            raise lacking(record, field, f'has no entities: it lacks a list in the field "{field}"', mend)
         spans = self._of_tags(record) if of_tokens else self._of_text(record)
         for span in spans:
             if span.type not in self.config.types:
@@ -100,12 +94,13 @@ class Extraction(Generation):
         return super().answer_from(record, generated) | {"spans": spans, "dropped": dropped}
 
     def scores(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> dict[str, float]:
-        """Return F1, precision and recall of all entities, the share of answers that parse, and what was dropped."""
+        """Return the scores of `extraction_scores`, and how many answers are the most frequent text."""
         answers = self.written(backbone, records, batch_size=batch_size)
         readings = [
             self._words.read(self.passage(record), answer.text) for record, answer in zip(records, answers, strict=True)
         ]
-        return extraction_scores(readings, [self.spans(record) for record in records])
+        scores = extraction_scores(readings, [self.spans(record) for record in records])
+        return scores | {"prediction_share": prediction_share([answer.text for answer in answers])}
 
     def _of_tags(self, record: Mapping[str, Any]) -> list[Span]:
         tokens, tags = record[self.config.tokens_field], record[self.config.tags_field]
@@ -146,14 +141,17 @@ class Extraction(Generation):
 def extraction_scores(readings: Sequence[Reading], targets: Sequence[Sequence[Span]]) -> dict[str, float]:
     """Return micro F1, precision and recall of spans, the share of answers that parse, and counts of what was dropped.
 
-    Of nothing said, the precision is 0, and so is the recall of nothing to say.
+    ``exact_match`` is how many records are given all of their entities and no other. Of nothing said, the precision is
+    0, and so is the recall of nothing to say.
     """
-    right = sum(len(set(reading.spans) & set(target)) for reading, target in zip(readings, targets, strict=True))
+    pairs = list(zip(readings, targets, strict=True))
+    right = sum(len(set(reading.spans) & set(target)) for reading, target in pairs)
     said, wanted = sum(len(reading.spans) for reading in readings), sum(len(set(target)) for target in targets)
     return {
         "f1": 2 * right / (said + wanted) if said + wanted else 0.0,
         "precision": right / said if said else 0.0,
         "recall": right / wanted if wanted else 0.0,
+        "exact_match": sum(set(one.spans) == set(target) for one, target in pairs) / len(pairs),
         "parsed": sum(reading.parses for reading in readings) / len(readings),
         "unknown_types": float(sum(reading.unknown_types for reading in readings)),
         "not_found": float(sum(reading.not_found for reading in readings)),

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ptune.config.task import ExtractionConfig, GenerationConfig
-from ptune.errors import ConfigError, DataError, MissingExtraError, did_you_mean
+from ptune.errors import ConfigError, DataError, MissingExtraError
 from ptune.generation.generate import Generated, GenerationOptions, generate
 from ptune.models.backbone import Backbone
-from ptune.records.readers import Record
+from ptune.records.record import Record
 from ptune.rendering.batch import Row, collate
-from ptune.rendering.filling import location
+from ptune.rendering.filling import lacking, location
 from ptune.rendering.renderer import Renderer
+from ptune.tasks.metrics import prediction_share
 from ptune.tasks.reading import in_batches
 from ptune.tasks.task import Asked, Example, Task
 
@@ -70,11 +71,8 @@ class Generation(Task):
                     f"{record.location} is a conversation that ends with a question, so nothing can be learnt at its "
                     "end; write its answer, or remove the question"
                 )
-            known = [str(key) for key in record]
-            raise DataError(
-                f'{location(record)} has no answer: it lacks text in the field "{field}" and has {", ".join(known)}; '
-                f"name the right one as task.answer_field.{did_you_mean(field, known)}"
-            )
+            said = f'has no answer: it lacks text in the field "{field}"'
+            raise lacking(record, field, said, "name the right one as task.answer_field")
         return str(record[field])
 
     def shown(self, record: Mapping[str, Any]) -> Row | None:
@@ -155,11 +153,15 @@ class Generation(Task):
         return metrics
 
     def scores(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> dict[str, float]:
-        """Return the metrics of written answers that go with the one that the task chooses by."""
+        """Return the metrics of written answers that go with the one that the task chooses by, and how alike they are.
+
+        With all of them goes how many are right to the letter, ``exact_match``.
+        """
         texts = [answer.text for answer in self.written(backbone, records, batch_size=batch_size)]
         references = [self.answer(record) for record in records]
         names = ("rouge_1", "rouge_2", "rouge_l") if self.metric == "rouge_l" else (self.metric,)
-        return {name: score_texts(name, texts, references) for name in names}
+        scores = {name: score_texts(name, texts, references) for name in dict.fromkeys((*names, "exact_match"))}
+        return scores | {"prediction_share": prediction_share(texts)}
 
 
 def score_texts(metric: str, texts: Sequence[str], references: Sequence[str]) -> float:

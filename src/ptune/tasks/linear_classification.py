@@ -22,7 +22,7 @@ from ptune.families import MASKED
 from ptune.rendering.batch import IGNORED, Row
 from ptune.rendering.filling import location
 from ptune.rendering.renderer import Renderer
-from ptune.tasks.metrics import average_f1s
+from ptune.tasks.metrics import average_f1s, prediction_share
 from ptune.tasks.scoring import ScoringTask
 from ptune.tasks.task import Assessment, Example, answer_value
 
@@ -101,6 +101,7 @@ class MultiLabelClassification(LinearClassification):
     """A record has any number of labels, each with a probability of its own."""
 
     answer_key = "labels"
+    right_metric = "exact_match"
 
     def __init__(self, config: LinearClassificationConfig, renderer: Renderer) -> None:
         super().__init__(config, renderer)
@@ -122,13 +123,18 @@ class MultiLabelClassification(LinearClassification):
         return {"labels": chosen, "probabilities": probabilities}
 
     def assessment(self, scores: Tensor, records: Sequence[Mapping[str, Any]]) -> Assessment:
-        """Return micro F1, macro F1, the share of records whose labels are exactly right, and loss, of ``[E, C]``."""
+        """Return micro F1, macro F1, the share of records whose labels are exactly right, and loss, of ``[E, C]``.
+
+        ``prediction_share`` is how many records are given the most frequent set of labels.
+        """
         targets = [self._targets(record) for record in records]
         wanted, given = self._table(targets), scores.sigmoid() >= _THRESHOLD
         micro, macro = average_f1s(wanted, given)
         exact = float((wanted == given).all(-1).float().mean())
         loss = float(self._loss(scores, targets)) / len(records)
-        return Assessment({"micro_f1": micro, "macro_f1": macro, "exact_match": exact, "loss": loss})
+        share = prediction_share([tuple(row) for row in given.tolist()])
+        metrics = {"micro_f1": micro, "macro_f1": macro, "exact_match": exact, "loss": loss, "prediction_share": share}
+        return Assessment(metrics)
 
     def _targets(self, record: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(self.numbers[label] for label in self._known_labels(record))

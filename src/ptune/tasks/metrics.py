@@ -1,9 +1,10 @@
-"""How right labels are: F1 in two ways, and which label is taken for which. Knows no models."""
+"""How right answers are: F1 in two ways, which label is taken for which, how alike they are. Knows no models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ def average_f1s(wanted: Tensor, given: Tensor) -> tuple[float, float]:
     if not bool(occurs.any()):
         return 0.0, 0.0
     return float(2 * hits.sum() / either.sum()), float((2 * hits[occurs] / either[occurs]).mean())
+
+
+def prediction_share(answers: Sequence[Hashable]) -> float:
+    """Return how many answers are the most frequent one, as a share; near 1 nothing but the majority is learnt."""
+    return max(Counter(answers).values()) / len(answers)
 
 
 def confusion(targets: Sequence[int], predicted: Sequence[int], count: int) -> list[list[int]]:

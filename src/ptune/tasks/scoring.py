@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from ptune.models.backbone import Backbone
 from ptune.pretrained.losses import at_least_float32
 from ptune.rendering.batch import Row
 from ptune.tasks.calibration import calibration_error, reliability
-from ptune.tasks.metrics import confusion, macro_f1, micro_f1
+from ptune.tasks.metrics import confusion, macro_f1, micro_f1, prediction_share
 from ptune.tasks.reading import ReadingTask, in_batches
 from ptune.tasks.task import Asked, Assessment, Example, Forward
 
@@ -40,6 +39,7 @@ class ScoringTask(ReadingTask):
     """
 
     answer_key = "label"
+    right_metric = "accuracy"
     rows_each: int
     negative: int | None = None
     weights: Tensor | None = None
@@ -172,7 +172,7 @@ class ScoringTask(ReadingTask):
         metrics |= {
             "calibration_error": calibration_error(after),
             "loss": float(self._summed_loss(scores, right)) / len(targets),
-            "prediction_share": max(Counter(predicted).values()) / len(records),
+            "prediction_share": prediction_share(predicted),
         }
         table = tuple(tuple(row) for row in confusion(targets, predicted, len(labels)))
         return Assessment(metrics, labels, table, self.temperature, tuple(before), tuple(after))

@@ -28,6 +28,7 @@ from ptune.rendering.batch import IGNORED, Row
 from ptune.rendering.filling import location
 from ptune.rendering.renderer import Renderer
 from ptune.rendering.words import spelled_out, split_text, tokenised_words
+from ptune.tasks.metrics import prediction_share
 from ptune.tasks.reading import ReadingTask, in_batches
 from ptune.tasks.spans import plain_tag, spans_of
 from ptune.tasks.task import Asked, Example, answer_value
@@ -42,6 +43,7 @@ class Tagging(ReadingTask):
     config: TaggingConfig
     reads_states = True
     answer_key = "tags"
+    right_metric = "token_accuracy"
 
     def __init__(self, config: TaggingConfig, renderer: Renderer) -> None:
         """Bind the task to its tags.
@@ -133,6 +135,7 @@ class Tagging(ReadingTask):
     ) -> dict[str, float]:
         """Return F1, precision and recall of entities as seqeval counts them, token accuracy, and loss.
 
+        ``prediction_share`` is how many records are given the most frequent list of entities, mostly that of none.
         ``unread_words``, which count as O, is there where there are any.
 
         Raises:
@@ -144,7 +147,8 @@ class Tagging(ReadingTask):
             raise MissingExtraError("the metrics of a tagging need seqeval: pip install ptune[metrics]") from error
         right = [self._right_tags(record) for record in records]
         read = self._all_scores(backbone, records, batch_size)
-        given = [self._answer(record, *own)["tags"] for record, own in zip(records, read, strict=True)]
+        answers = [self._answer(record, *own) for record, own in zip(records, read, strict=True)]
+        given = [answer["tags"] for answer in answers]
         loss, unread = 0.0, 0
         for tags, (places, own) in zip(right, read, strict=True):
             targets = [self.numbers[tag] for tag, place in zip(tags, places, strict=True) if place is not None]
@@ -159,6 +163,9 @@ class Tagging(ReadingTask):
             "entity_recall": float(recall_score(*plain, zero_division=0)),
             "token_accuracy": equal / count,
             "loss": loss / max(1, count - unread),
+            "prediction_share": prediction_share(
+                [tuple((span["type"], span["text"]) for span in answer["spans"]) for answer in answers]
+            ),
         }
         return metrics | ({"unread_words": float(unread)} if unread else {})
 

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ptune.config.settings import Settings
-from ptune.errors import DataError, did_you_mean
 from ptune.models.backbone import Backbone
 from ptune.prompts.linear_head import LinearHead
 from ptune.rendering.batch import Row
-from ptune.rendering.filling import location
+from ptune.rendering.filling import lacking
 from ptune.rendering.renderer import Renderer
 from ptune.tasks.calibration import Bin
 
@@ -135,6 +134,8 @@ class Task(ABC):
     metric: str
     """Name of the metric that chooses the best checkpoint."""
     greater_is_better: bool = True
+    right_metric: str = "exact_match"
+    """Name of the metric that says how many answers are wholly right: 1 where all are."""
     answer_key: str
     """Under which name the answer itself stands in what `predict` returns."""
 
@@ -202,7 +203,11 @@ class Task(ABC):
     def evaluate(
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int
     ) -> dict[str, float]:
-        """Score answers against records that hold the right ones: ``loss`` and the task's metrics."""
+        """Score answers against records that hold the right ones: ``loss`` and the task's metrics.
+
+        Where answers are given for that, `right_metric` is among them, and ``prediction_share``: how many answers are
+        the most frequent one.
+        """
 
     def assess(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> Assessment:
         """Score answers as `evaluate` does, and say what else there is to know of them."""
@@ -222,9 +227,5 @@ def answer_value(record: Mapping[str, Any], field: str, setting: str, what: str)
         DataError: the record lacks the field.
     """
     if field not in record:
-        known = [str(key) for key in record]
-        raise DataError(
-            f'{location(record)} has no {what}: it lacks the field "{field}" and has {", ".join(known)}; '
-            f"name the right one as {setting}.{did_you_mean(field, known)}"
-        )
+        raise lacking(record, field, f'has no {what}: it lacks the field "{field}"', f"name the right one as {setting}")
     return record[field]

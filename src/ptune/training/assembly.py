@@ -23,7 +23,8 @@ from ptune.prompts.deep_prompts import check_deep_template
 from ptune.prompts.encoder import PromptEncoder, build_encoder
 from ptune.prompts.initial_rows import initial_rows
 from ptune.prompts.linear_head import LinearHead
-from ptune.records.data import Record, data_hash, draw, draw_shots, has_split, load_records, split_dev
+from ptune.records.data import data_hash, draw, draw_shots, has_split, load_records, split_dev
+from ptune.records.record import Record
 from ptune.rendering.chat_template import in_chat
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Example, Task, completed, task_for

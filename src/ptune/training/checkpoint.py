@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from ptune.errors import ConfigError, TrainingError
 from ptune.files import read_tensors, write_tensors
 
+_FORMAT_VERSION = 1
 _OTHERS = ("optimizer.", "best_", "random.")
 """How tensors are called that are no part of what is trained."""
 
@@ -82,6 +83,7 @@ def save_checkpoint(
     tensors |= {f"random.{name}": value for name, value in random_state.items()}
     tensors |= {f"best_{name}": value for name, value in best.items()}
     metadata = {
+        "format_version": str(_FORMAT_VERSION),
         "progress": json.dumps(vars(progress)),
         "param_groups": json.dumps(state["param_groups"]),
         "origin": json.dumps(dict(origin)),
@@ -95,25 +97,26 @@ def load_checkpoint(
     """Put the state of `save_checkpoint` where it came from; return progress, the best tensors and random state.
 
     Raises:
-        ConfigError: the run began with another origin: other records, or another model under the same name.
-        TrainingError: the file is damaged, or was written by a run with another encoder or head.
+        ConfigError: the run began with another origin: other records, or another model.
+        TrainingError: the file is damaged, is of another ptune's form, or was written by a run with another encoder or
+            head.
     """
     tensors = read_tensors(path, TrainingError)
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+        metadata = file.metadata() or {}
+    progress = _progress(path, metadata)
     optimizer_state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, entry = name.split(".", 2)
             optimizer_state.setdefault(int(index), {})[entry] = tensor
-    _check_origin(metadata or {}, origin)
+    _check_origin(metadata, origin)
     try:
         trained.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(_OTHERS)})
         groups: list[dict[str, Any]] = json.loads(metadata["param_groups"])
         for group in groups:
             group["betas"] = tuple(group["betas"])  # JSON knows no tuples
         optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
-        progress = Progress(**json.loads(metadata["progress"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise TrainingError(
             f'checkpoint "{path}" belongs to a run with other settings; start anew with --overwrite'
@@ -134,6 +137,32 @@ def set_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _progress(path: Path, metadata: Mapping[str, str]) -> Progress:
+    """Return how far the run had come.
+
+    Raises:
+        TrainingError: the checkpoint is of a form that this ptune does not read, or is none.
+    """
+    version = metadata.get("format_version", "1")  # what was written before it was named is of the same form
+    if version != str(_FORMAT_VERSION):
+        raise TrainingError(
+            f'checkpoint "{path}" is of format_version {version}, and this ptune reads {_FORMAT_VERSION}; go on with '
+            "the ptune that wrote it, or upgrade this one by pip install -U ptune"
+        )
+    known = {one.name for one in fields(Progress)}
+    try:
+        values = dict(json.loads(metadata["progress"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f'checkpoint "{path}" is damaged: it does not say how far the run had come') from error
+    if values.keys() != known:
+        others = ", ".join(sorted(values.keys() ^ known))
+        raise TrainingError(
+            f'checkpoint "{path}" differs in its progress from what this ptune writes ({others}); go on with the ptune '
+            "that wrote it"
+        )
+    return Progress(**values)
 
 
 def _check_origin(metadata: Mapping[str, str], origin: Mapping[str, str]) -> None:

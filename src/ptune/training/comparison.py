@@ -6,12 +6,14 @@ ends with a look.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from ptune.generation.generate import GenerationOptions, generate
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
 from ptune.tasks import Extraction, Generation, Task
 from ptune.tasks.reading import ReadingTask
 from ptune.training.assembly import Parts
@@ -33,6 +35,7 @@ class Comparison:
         shift: mean change of the answers' probabilities, of all labels together; None for free text and tags.
         off_task: question, the bare model's answer, the answer with the prompt; None for tasks without free text.
         by_head: a trained linear head gave the answers, those without the prompt too.
+        all_alike: with the prompt all texts are one, and the right answers are not.
     """
 
     changed: int
@@ -40,20 +43,29 @@ class Comparison:
     shift: float | None = None
     off_task: tuple[str, str, str] | None = None
     by_head: bool = False
-
-    @property
-    def nothing_changed(self) -> bool:
-        """Whether the prompt does next to nothing."""
-        return self.changed == 0 and (self.shift is None or self.shift < _LEAST_SHIFT)
+    all_alike: bool = False
 
     @property
     def warning(self) -> str | None:
-        """What to say where the prompt does next to nothing; None where it does something."""
-        if not self.nothing_changed:
+        """What to say where the prompt changes no answer, or makes all texts one; None where all is well."""
+        if self.changed and self.all_alike:
+            return (
+                f"all {self.total} answers with the prompt are one and the same text, whatever is asked: train longer, "
+                "or at another learning rate"
+            )
+        if self.changed:
             return None
+        moved = self.shift is not None and self.shift >= _LEAST_SHIFT
+        though = f", though probabilities move by {self.shift:.2f} on average" if moved else ""
         if self.by_head:
-            return "the virtual tokens change none of the linear head's answers: the head may do without them"
-        return "the prompt changes no answer: train longer, or at another learning rate"
+            return f"the virtual tokens change none of the linear head's answers{though}: the head may do without them"
+        return f"the prompt changes no answer{though}: train longer, or at another learning rate"
+
+    def values(self) -> dict[str, Any]:
+        """Return it as JSON values, the off-task question with both answers by name."""
+        off_task = self.off_task and dict(zip(("question", "without", "with"), self.off_task, strict=True))
+        shift = self.shift if self.shift is not None and math.isfinite(self.shift) else None
+        return {"changed": self.changed, "total": self.total, "shift": shift, "off_task": off_task}
 
 
 def compare_with_bare_model(parts: Parts) -> Comparison | None:
@@ -66,9 +78,9 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
     task, backbone = parts.task, parts.prompted.backbone
     if not task.renderer.template.fields:
         return None
-    bare = task.with_renderer(task.renderer.without_virtual_tokens())
+    bare = without_prompt(task)
     writes = isinstance(task, Generation)
-    askable = (record for record in parts.dev if _asks_anything(bare, record))
+    askable = (record for record in parts.dev if asks_anything(bare, record))
     records = list(islice(askable, _WRITTEN if writes else _SCORED))
     if not records:
         return None
@@ -79,7 +91,8 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
         changed = sum(one["text"] != other["text"] for one, other in pairs)
         # entities are asked of a text that a record holds, so there is no question off the task
         off_task = None if isinstance(task, Extraction) else _off_task(task, bare, backbone)
-        return Comparison(changed, len(records), off_task=off_task)
+        texts, right = ({one["text"] for one in with_prompt}, {task.answer(record) for record in records})
+        return Comparison(changed, len(records), off_task=off_task, all_alike=len(texts) == 1 < len(right))
     changed = sum(one[task.answer_key] != other[task.answer_key] for one, other in pairs)
     by_head = isinstance(task, ReadingTask) and task.reads_states
     if "probabilities" not in with_prompt[0]:
@@ -91,7 +104,12 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
     return Comparison(changed, len(records), shift=sum(shifts) / len(shifts), by_head=by_head)
 
 
-def _asks_anything(bare: Task, record: Record) -> bool:
+def without_prompt(task: Task) -> Task:
+    """Return a task as the bare model is asked it: the same words without virtual tokens, no fitted temperature."""
+    return task.with_renderer(task.renderer.without_virtual_tokens())
+
+
+def asks_anything(bare: Task, record: Mapping[str, Any]) -> bool:
     """Whether something is left to read of a record without virtual tokens."""
     if isinstance(bare, ReadingTask):
         return all(place >= 0 for row in bare.rows(record) for place in row.read_at)

@@ -20,11 +20,9 @@ from ptune.tasks import Example
 from ptune.training.assembly import Parts
 from ptune.training.checkpoint import Progress, random_state
 from ptune.training.reporting import Reporter
+from ptune.training.signs import new_signs
 from ptune.training.step_plan import StepPlan
 from ptune.training.summary import summary
-
-_CONSTANT_SHARE = 0.98
-_DIVERGED = 2.0
 
 
 class Learner:
@@ -146,7 +144,8 @@ class Learner:
             self.best = {"rows": self.prompted.rows().cpu().clone()} | head_tensors(self.prompted.head)
         progress.history.append({"step": progress.step, **metrics})
         reporter.evaluated(progress.step, metrics, best=progress.best_step == progress.step)
-        self._warn(metrics, reporter)
+        for sign in new_signs(progress.history, self.task.right_metric):
+            reporter.warned(sign)
         return metrics
 
     @torch.no_grad()
@@ -156,20 +155,6 @@ class Learner:
             some = self.parts.dev[: self.settings.samples]
             answers = self.task.predict(self.prompted.backbone, some, batch_size=len(some))
             reporter.sampled(some, answers)
-
-    def _warn(self, metrics: dict[str, float], reporter: Reporter) -> None:
-        first = self.progress.history[0]
-        one_label = metrics.get("prediction_share", 0.0) >= _CONSTANT_SHARE
-        if self.progress.step and one_label and metrics["accuracy"] < metrics["prediction_share"]:
-            reporter.warned(
-                "nearly all predictions are one label: the prompt has learnt nothing yet but the majority; "
-                "try another learning rate or seed, or more steps"
-            )
-        if self.progress.step and metrics["loss"] > _DIVERGED * first["loss"]:
-            reporter.warned(
-                f"dev loss is {metrics['loss']:.3f} and was {first['loss']:.3f} before training: it diverges; "
-                "lower training.learning_rate"
-            )
 
     def use_best(self) -> None:
         """Let backbone and task know the best evaluation's rows and head; there must have been one."""

@@ -54,7 +54,12 @@ class Reporter:
 
 
 class SearchReporter(Reporter):
-    """Hears besides of what a search does with its candidates; nothing of it is shown. `stepped` is not called."""
+    """Hears besides of what a search does with its candidates; nothing of it is shown.
+
+    Of a run's events a search tells `kept_contexts`, `planned` and `warned`, and of its best candidate `assessed` and
+    `finished`. `search_started`, `went_on` and `scored` stand for `started`, `stepped` and `evaluated`; no candidate is
+    sampled, or said to have stopped early.
+    """
 
     def search_started(self, candidates: Sequence[Candidate], parts: Parts, total_steps: int) -> None:
         """All candidates are ready; ``parts`` are those of the first."""

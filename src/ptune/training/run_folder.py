@@ -5,6 +5,7 @@
     prompt/run/checkpoint.safetensors                 the whole state, replaced atomically
     prompt/run/log.jsonl                              one line a logged step or evaluation
     prompt/run/assessment.json                        what dev says at the end, where answers have labels
+    prompt/run/comparison.json                        how its answers differ from the bare model's
 
 Knows the settings, and nothing of models.
 """
@@ -24,11 +25,16 @@ from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, OutputError
 from ptune.files import append_line, folder_lock, write_json, write_text
 
-LOG, ASSESSMENT, SETTINGS, CANDIDATES = "log.jsonl", "assessment.json", "config.yaml", "search.json"
+LOG, SETTINGS, CANDIDATES = "log.jsonl", "config.yaml", "search.json"
+ASSESSMENT, COMPARISON = "assessment.json", "comparison.json"
 
-# Settings that may change between a run and its resumption without changing its result.
+# Settings that may change between a run and its resumption without changing its result. What stands at the paths is
+# held to hashes in the checkpoint.
 _FREE_TO_CHANGE = {
     "output",
+    "data.train",
+    "data.dev",
+    "model.name",
     "training.checkpoint_minutes",
     "training.shard_backbone",
     "training.samples",
@@ -101,19 +107,28 @@ class RunFolder:
             OutputError: it cannot be written.
         """
         if not self._resume and self._writes:
-            for old in (self.checkpoint, *(self.run / name for name in (LOG, ASSESSMENT, CANDIDATES))):
+            for old in (self.checkpoint, *(self.run / name for name in (LOG, ASSESSMENT, COMPARISON, CANDIDATES))):
                 old.unlink(missing_ok=True)
             write_text(self.run / SETTINGS, config_yaml(self._config))
         self._begun = True
 
-    def forget_after(self, step: int) -> None:
-        """Drop the log's lines of steps that a kill has lost, for they are taken again, and a line that it cut.
+    def go_on_after(self, step: int) -> None:
+        """Take over settings that were free to change, and drop the log's lines of steps that a kill has lost.
+
+        Those steps are taken again; a line that the kill cut goes, too.
+
+        Args:
+            step: the last one that is kept; -1 for none, not even the evaluation before the first.
 
         Raises:
-            OutputError: the log cannot be written.
+            OutputError: the folder cannot be written.
         """
+        if not self._writes:
+            return
+        if self._resume:
+            write_text(self.run / SETTINGS, config_yaml(self._config))
         path = self.run / LOG
-        if self._writes and path.is_file():
+        if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
@@ -136,6 +151,15 @@ class RunFolder:
         """
         if self._writes:
             write_json(self.run / ASSESSMENT, values)
+
+    def compared(self, values: dict[str, Any]) -> None:
+        """Write ``run/comparison.json``.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if self._writes:
+            write_json(self.run / COMPARISON, values)
 
     def hand_over(self, config: RunConfig, log: Sequence[dict[str, Any]]) -> None:
         """Make it the folder of another run, whose checkpoint and soft prompt come to stand here: of a search's best.

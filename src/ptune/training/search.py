@@ -28,7 +28,7 @@ from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, TrainingError
 from ptune.files import write_json
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Asked
 from ptune.tasks.side_by_side import answer_side_by_side, one_forward_each
@@ -42,6 +42,7 @@ from ptune.training.learner import Learner
 from ptune.training.rehearsal import rehearse
 from ptune.training.reporting import SearchReporter
 from ptune.training.run_folder import CANDIDATES, SETTINGS, RunFolder
+from ptune.training.signs import no_gain
 from ptune.training.stopping import Stopped, stop_signal
 
 
@@ -172,9 +173,13 @@ class _Search:
             self.reporter.assessed(*assessed)
         prompt.save(self.folder.path)  # last: where it stands, everything does
         comparison = compare_with_bare_model(best.learner.parts)
-        self.reporter.finished(prompt, best.learner.progress, comparison)
-        if comparison is not None and comparison.warning is not None:
-            self.reporter.warned(comparison.warning)
+        if comparison is not None:
+            self.folder.compared(comparison.values())
+        progress = best.learner.progress
+        self.reporter.finished(prompt, progress, comparison)
+        for sign in (no_gain(progress.best_step, progress.step), comparison and comparison.warning):
+            if sign:
+                self.reporter.warned(sign)
         self.reporter.ranked(self.table(best))
         return prompt
 

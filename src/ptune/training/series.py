@@ -1,6 +1,6 @@
 """Several runs in turn on one loaded backbone: a list of tasks, or one task under several seeds.
 
-Knows settings, backbones and folders; the runs themselves are `training`'s.
+Knows settings, backbones and folders; the runs themselves are `train`'s, which `ptune train` calls for each.
 """
 
 from __future__ import annotations

@@ -17,13 +17,14 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.utils import parse_flag_from_env
 
 from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, MissingExtraError
 from ptune.models.backbone import Backbone
 from ptune.pretrained.loading import find_device
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Example
 from ptune.training.assembly import Parts, assemble, read_records
@@ -35,6 +36,7 @@ from ptune.training.learner import Learner
 from ptune.training.rehearsal import rehearse
 from ptune.training.reporting import Reporter
 from ptune.training.run_folder import RunFolder
+from ptune.training.signs import no_gain
 from ptune.training.stopping import Stopped, stop_signal
 
 
@@ -66,7 +68,7 @@ def train(
         Stopped: by Ctrl-C or SIGTERM, after the step in hand; ``resume`` goes on.
     """
     reporter = reporter or Reporter()
-    accelerator = _accelerator(config)
+    accelerator = _accelerator(config, None if backbone is None else backbone.device)
     before = random_state()
     shard = config.training.shard_backbone and accelerator.num_processes > 1
     if shard and backbone is not None:
@@ -78,8 +80,10 @@ def train(
         if records is None:  # read before a model is loaded, which takes its time
             records = read_records(config)
         if backbone is None:
-            device = config.model.device if config.model.device != "auto" else str(accelerator.device)
-            backbone = Backbone.load(config.model.model_copy(update={"device": device}), shard=shard)
+            model = config.model
+            if model.device == "auto" and accelerator.num_processes > 1:  # each process has a device of its own
+                model = model.model_copy(update={"device": str(accelerator.device)})
+            backbone = Backbone.load(model, shard=shard)
         parts = assemble(config, backbone, records)
         try:
             with parts.prompted, backbone.left_as_it_was():
@@ -108,9 +112,10 @@ class _Run:
         self.model, self.learner.optimizer = accelerator.prepare(self.prompted, self.learner.optimizer)
         self.progress = self.learner.progress
         self.plans_told: set[str] = set()
-        if folder.checkpoint.exists():
+        going_on = folder.checkpoint.exists()
+        if going_on:
             self._resume()
-            folder.forget_after(self.progress.step)
+        folder.go_on_after(self.progress.step if going_on else -1)
         accelerator.wait_for_everyone()  # else the first to go on writes a checkpoint that another takes for an old one
 
     def _resume(self) -> None:
@@ -189,7 +194,7 @@ class _Run:
         own = 0 if rank >= len(window) else len(mine)  # a process left without a batch goes along with weight 0
         if self.prompted.backbone.sharded:  # and one that has fewer, for layers are gathered by all at once
             mine += mine[:1] * (max(len(forwards_of(one)) for one in range(processes)) - len(mine))
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros((), device=self.prompted.backbone.device)
         for number, examples in enumerate(mine, 1):
             share = 1.0 if number <= own else 0.0
             synchronised = nullcontext() if number == len(mine) else self.accelerator.no_sync(self.model)
@@ -248,26 +253,40 @@ class _Run:
         if self.settings.trackers:
             self.accelerator.end_training()
         comparison = compare_with_bare_model(self.parts)
+        if comparison is not None:
+            self.folder.compared(comparison.values())
         self.reporter.finished(prompt, self.progress, comparison)
-        if comparison is not None and comparison.warning is not None:
-            self.reporter.warned(comparison.warning)
+        for sign in (no_gain(self.progress.best_step, self.progress.step), comparison and comparison.warning):
+            if sign:
+                self.reporter.warned(sign)
         return prompt
 
 
-def _accelerator(config: RunConfig) -> Accelerator:
-    settings = config.training
+def _accelerator(config: RunConfig, given: torch.device | None) -> Accelerator:
+    """Return accelerate's face of this process, which leaves everything on the device where it is.
+
+    Args:
+        config: the settings.
+        given: the device of a backbone that is loaded already, which goes before the settings'.
+
+    Raises:
+        ConfigError: accelerate is set up otherwise, or was in this process by an earlier run.
+        MissingExtraError: a tracker is not installed.
+    """
+    settings, device = config.training, config.model.device if given is None else str(given)
     for flag in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
             raise ConfigError(
                 f"accelerate is set up for {flag}, which would cut the little that is trained in parts; leave it out "
                 "there, and set training.shard_backbone to share out the frozen model"
             )
-    if config.model.device.startswith("cuda:"):
-        torch.cuda.set_device(find_device(config.model.device))  # the accelerator takes the current one
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(find_device(device))  # the accelerator takes the current one
     try:
         accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
-            cpu=config.model.device == "cpu",
+            device_placement=False,
+            cpu=device == "cpu" and not is_initialized(),  # it keeps the device of an earlier run, and refuses another
             log_with=list(settings.trackers) or None,
             project_dir=str(config.output / "run"),
         )
@@ -276,6 +295,11 @@ def _accelerator(config: RunConfig) -> Accelerator:
             f"training.mixed_precision {settings.mixed_precision} with training.trackers {list(settings.trackers)}: "
             f"{error}"
         ) from error
+    if settings.mixed_precision != "no" and device.split(":")[0] not in ("auto", accelerator.device.type):
+        raise ConfigError(
+            f"training.mixed_precision {settings.mixed_precision} is for one device in the life of a process, and an "
+            f"earlier run was on {accelerator.device}; start this one, on {device}, in a process of its own"
+        )
     installed = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     missing = sorted(set(settings.trackers) - installed)
     if missing:
