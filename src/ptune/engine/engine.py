@@ -25,6 +25,7 @@ from ptune.engine.thread import EngineThread
 from ptune.errors import DataError, SoftPromptError
 from ptune.generation.generate import Generated, GenerationOptions, generate
 from ptune.models.backbone import Backbone
+from ptune.models.deep_start import key_value_shape
 from ptune.rendering.filling import record_of_text
 from ptune.soft_prompts.library import Library
 from ptune.soft_prompts.soft_prompt import SoftPrompt
@@ -78,6 +79,9 @@ class Engine:
         library = Library(prompts)
         self.backbone = backbone if isinstance(backbone, Backbone) else Backbone.load(backbone)
         self._tokens = self.backbone.attach()
+        with self._tokens.lock:  # read now, for soft prompts are checked while another thread runs the model
+            self.backbone.fingerprint()
+            key_value_shape(self.backbone)
         self.keys = self._tokens.prefixes
         self.keys.budget = bytes_of(key_memory)
         self._prompts = LoadedPrompts(self.backbone, self._tokens, library, self.memory)

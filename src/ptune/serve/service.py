@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from starlette.requests import Request
 
@@ -21,7 +22,7 @@ from ptune.serve.scheduler import Scheduler
 from ptune.serve.settings import ServeSettings
 from ptune.serve.waiting import too_late, while_there
 
-T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 Event: TypeAlias = "tuple[int, Piece | Written]"
 """A job's number, and a piece of its text or, at its end, its whole answer."""
@@ -52,11 +53,18 @@ class Service:
             await asyncio.to_thread(self.scheduler.close)
 
     async def _watch(self) -> None:
+        """Look at the folder again and again; a mistake, as of a disk that is away for a while, is logged once."""
+        said = ""
         while True:
             await asyncio.sleep(self.settings.watch_seconds)
-            async with self.changing:
-                with contextlib.suppress(OSError):  # a disk that is away for a while
+            try:
+                async with self.changing:
                     await asyncio.to_thread(self.folder.scan)
+                said = ""
+            except Exception as error:
+                if repr(error) != said:
+                    said = repr(error)
+                    _log.error("the folder of soft prompts cannot be looked at", extra={"reason": said})
 
     async def answers(self, request: Request, jobs: Sequence[Job]) -> list[Any]:
         """Submit jobs and return their answers.
