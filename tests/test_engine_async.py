@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,6 +96,35 @@ def test_texts_that_are_awaited_together_share_passes_and_others_join_them(engin
     alone = sum(len(one.ids) for one in expected)
     assert asyncio.run(ask()) == expected
     assert len(passes) < alone / 2, "each text was written alone"
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_prompt_that_is_removed_while_a_text_waits_stays_until_that_has_ended(engine: Engine, replaced: bool) -> None:
+    prompt, first = engine.prompts["answer"].prompt, engine.prompts["answer"].first_virtual_id
+    other = replace(prompt, rows=-prompt.rows)
+    long = GenerationOptions(max_new_tokens=60, repetition_penalty=1.2)
+    expected = engine.generate("answer", TEXTS[0])
+    tokens = engine.backbone.attach()
+    tokens.detach()
+
+    async def ask() -> None:
+        crowd = [asyncio.create_task(engine.agenerate(None, "soup", long)) for _ in range(32)]  # as many as may grow
+        waiting = asyncio.create_task(engine.agenerate("answer", TEXTS[0]))
+        await asyncio.sleep(0)
+        await engine.apredict("mood", [{"text": TEXTS[0]}])  # queued behind it, so by now it has begun
+        engine.remove("answer")
+        if replaced:
+            engine.add("answer", other)
+        assert not any(text.done() for text in crowd)
+        assert tokens.meaning([first]) is not None
+        assert await waiting == expected
+        await asyncio.gather(*crowd)
+
+    asyncio.run(ask())
+    assert tokens.meaning([first]) is None
+    assert ("answer" in engine.prompts) == replaced
+    if replaced:
+        assert engine.generate("answer", TEXTS[0]) != expected
 
 
 def test_closing_the_engine_lets_texts_end_and_calls_off_those_that_wait(engine: Engine) -> None:

@@ -14,10 +14,10 @@ from soft_prompts import make
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune import Engine
-from ptune.config.task import GenerationConfig
+from ptune.config.task import ClassificationConfig, GenerationConfig
 from ptune.engine.chat import Chat
 from ptune.engine.prompt_memory import PromptMemory
-from ptune.errors import SoftPromptError
+from ptune.errors import ConfigError, SoftPromptError
 from ptune.generation.generate import GenerationOptions
 from ptune.models.backbone import Backbone
 
@@ -80,6 +80,20 @@ def test_prompts_over_the_budget_are_forgotten_and_come_back_at_other_ids(backbo
             assert answer["probabilities"] == pytest.approx(expected[name][0]["probabilities"], abs=1e-5)
         assert engine.memory.bytes <= 2 * each
         assert expected["p0"] != expected["p1"]
+
+
+def test_a_prompt_whose_task_cannot_be_built_leaves_nothing_in_the_table(backbone: Backbone, tmp_path: Path) -> None:
+    alike = ClassificationConfig(verbalizer={"good": " film", "great": " film and soup"})
+    make(backbone, task=alike).save(tmp_path / "alike")
+    with Engine(backbone, prompts=tmp_path) as engine:
+        for _ in range(3):
+            with pytest.raises(ConfigError, match="cannot be told apart"):
+                engine.classify("alike", TEXTS)
+        tokens = backbone.attach()
+        following = tokens.allocate(1)
+        tokens.detach()
+        assert not any(tokens.meaning([number]) for number in range(backbone.vocabulary_size, following))
+        assert (engine.prompts, engine.memory.bytes) == ({}, 0)
 
 
 def test_a_thousand_prompts_answer_as_each_alone(backbone: Backbone, tmp_path: Path) -> None:

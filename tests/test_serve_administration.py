@@ -17,6 +17,7 @@ from serving import Served, rows, serving, soft_prompts, tiny_backbone
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune import Engine, SoftPrompt
+from ptune.config.task import ClassificationConfig
 from ptune.models.backbone import Backbone
 from ptune.models.deep_start import keys_and_values_of
 from ptune.serve.prompts import PromptFolder
@@ -79,7 +80,9 @@ def test_what_is_no_sound_prompt_of_this_backbone_changes_nothing(
     good = body(soft_prompts(backbone)["mood"], tmp_path / "given")
     other = Backbone(tiny_model("llama", seed=3), tiny_tokenizer(), "other")
     foreign = body(soft_prompts(other)["mood"], tmp_path / "foreign")
+    alike = ClassificationConfig(verbalizer={"good": " film", "great": " film and soup"})
     bad: list[tuple[str, Any, int, str]] = [
+        ("new", body(replace(soft_prompts(backbone)["mood"], task=alike), tmp_path / "alike"), 400, "be told apart"),
         ("new", foreign, 400, "belongs to another backbone"),
         ("new", good | {"tensors": good["tensors"][:400]}, 400, "was altered or cut short"),
         ("new", good | {"tensors": "?"}, 400, "is no base64"),

@@ -133,11 +133,15 @@ class Engine:
 
         Raises:
             SoftPromptError: it belongs to another backbone.
+            ConfigError, TemplateError: its task cannot be built.
         """
         self._prompts.add(name, prompt)
 
     def remove(self, name: str) -> None:
-        """Forget a soft prompt; its ids are never given again. One of the folder is loaded anew when it is used."""
+        """Forget a soft prompt; its ids are never given again. One of the folder is loaded anew when it is used.
+
+        Those who hold it, as texts that are being written do, keep its rows until they let it go.
+        """
         self._prompts.remove(name)
 
     def offer(self, name: str, folder: Path) -> None:
@@ -150,16 +154,19 @@ class Engine:
         self.remove(name)
 
     def hold(self, name: str) -> LoadedPrompt:
-        """Return a soft prompt, loaded where need be; it stays until it is let go as often as it was held.
+        """Return a soft prompt, loaded where need be; its rows stay until it is let go as often as it was held.
+
+        So they do though it be removed, or replaced by another of its name.
 
         Raises:
             SoftPromptError: there is none of that name, or its folder does not hold it any more.
+            ConfigError, TemplateError: its task cannot be built.
         """
         return self._prompts.hold(name)
 
-    def let_go(self, name: str) -> None:
-        """End one use of a soft prompt, and forget those over the budget that nobody uses."""
-        self._prompts.let_go(name)
+    def let_go(self, loaded: LoadedPrompt) -> None:
+        """End one use of a soft prompt that `hold` gave, and forget those over the budget that nobody uses."""
+        self._prompts.let_go(loaded)
 
     def predict(
         self, name: str | Sequence[str], records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
@@ -280,15 +287,19 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         tell = None if on_text is None else lambda text: loop.call_soon_threadsafe(on_text, text)
+        held: list[LoadedPrompt] = []
 
         def begin() -> tuple[list[int], GenerationOptions]:
-            with self._prompts.using(*([] if name is None else [name])) as held:
-                begun = self._context(name, held, record, options)
-                if name is not None:
-                    self.hold(name)  # until the text has ended
+            with self._prompts.using(*([] if name is None else [name])) as loaded:
+                begun = self._context(name, loaded, record, options)
+                held.extend(self.hold(one.name) for one in loaded)  # until the text has ended
                 return begun
 
-        return await self._writing.write(begin, lambda: None if name is None else self.let_go(name), tell)
+        def end() -> None:
+            for loaded in held:
+                self.let_go(loaded)
+
+        return await self._writing.write(begin, end, tell)
 
     def _context(
         self,
@@ -322,8 +333,7 @@ class Engine:
         self._thread.close()
         self._writing.close()
         with self._tokens.lock:
-            for name in self.prompts:
-                self.remove(name)
+            self._prompts.clear()
             self._tokens.detach()
 
     def __enter__(self) -> Engine:

@@ -17,7 +17,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from ptune.errors import OutputError, SoftPromptError
+from ptune.engine.loaded_prompts import task_of
+from ptune.errors import OutputError, PtuneError
 from ptune.serve.protocol import Model, Removed, Upload
 from ptune.serve.refusals import RefusedError, internal_error, unknown_model
 from ptune.serve.service import Service
@@ -66,7 +67,7 @@ def _read(service: Service, body: Upload) -> SoftPrompt:
     """Return the soft prompt in a body, checked as one that is loaded from its folder.
 
     Raises:
-        RefusedError: it is damaged, or belongs to another backbone.
+        RefusedError: it is damaged, or belongs to another backbone, or its task cannot be built.
     """
     try:
         tensors = base64.b64decode(body.tensors, validate=True)
@@ -78,7 +79,8 @@ def _read(service: Service, body: Upload) -> SoftPrompt:
         try:
             prompt = SoftPrompt.load(temporary)
             prompt.check(service.engine.backbone)
-        except SoftPromptError as error:
+            task_of(prompt, service.engine.backbone)  # what cannot be asked is not taken
+        except PtuneError as error:
             message = str(error).replace(f"{temporary}/", "").replace(temporary, "the soft prompt")
             raise RefusedError(400, message, param="description") from error
     return prompt

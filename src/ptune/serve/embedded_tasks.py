@@ -158,7 +158,7 @@ class EmbeddedTasks:
             prompt = SoftPrompt.load(served.folder)
         except SoftPromptError as error:
             _log.warning("a soft prompt cannot be loaded", extra={"prompt": served.name, "reason": str(error)})
-            raise unusable_model(served.name, "cannot be loaded any more; the server's log says more") from error
+            raise unusable_model(served.name, "cannot be loaded; the server's log says more") from error
         if prompt.deep is not None:
             raise unusable_model(
                 served.name, "is a deep prompt, keys and values, which no engine takes; serve it by ptune's own engine"
