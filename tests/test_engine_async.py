@@ -144,6 +144,34 @@ def test_closing_the_engine_lets_texts_end_and_calls_off_those_that_wait(engine:
     asyncio.run(ask())
 
 
+def test_closing_the_engine_calls_off_a_text_that_was_not_yet_looked_at(engine: Engine) -> None:
+    begun, closing = threading.Event(), threading.Event()
+
+    def hook(*_: Any) -> None:
+        begun.set()
+        closing.wait(20)
+
+    engine.backbone.model.register_forward_pre_hook(hook)
+
+    async def ask() -> None:
+        reading = asyncio.create_task(engine.apredict("mood", [{"text": TEXTS[0]}]))
+        await asyncio.to_thread(begun.wait, 20)
+        queued = [
+            asyncio.create_task(engine.agenerate("answer", TEXTS[0])),
+            asyncio.create_task(engine.apredict("mood", [{"text": TEXTS[1]}])),
+        ]
+        await asyncio.sleep(0)
+        closed = asyncio.create_task(asyncio.to_thread(engine.close))
+        done, _ = await asyncio.wait(queued, timeout=5)
+        closing.set()
+        await closed
+        assert len(done) == 2
+        assert all(task.cancelled() for task in queued)
+        assert (await reading)[0]["label"]
+
+    asyncio.run(ask())
+
+
 def test_a_mistake_comes_to_the_one_who_waits(engine: Engine) -> None:
     with pytest.raises(DataError, match="the bare model continues a text"):
         asyncio.run(engine.agenerate(None, {"text": "a"}))

@@ -27,7 +27,7 @@ from ptune.errors import SoftPromptError
 from ptune.rendering.renderer import Renderer
 from ptune.serve.contexts import chat_context, completion_context
 from ptune.serve.posted import COMPLETIONS, AsChatEvents, Body, Posted, as_chat, refused_choosing, sampled
-from ptune.serve.prompts import PromptFolder, Served
+from ptune.serve.prompts import PromptFolder, Served, watch
 from ptune.serve.protocol import ChatRequest, CompletionRequest, Sampling
 from ptune.serve.refusals import RefusedError, unusable_model
 from ptune.serve.stored_backbone import StoredBackbone
@@ -76,11 +76,11 @@ class EmbeddedTasks:
     @contextlib.asynccontextmanager
     async def watched(self, seconds: float) -> AsyncIterator[None]:
         """Look at the folder now and again while the block runs."""
-        watch = asyncio.create_task(self._watch(seconds))
+        watching = asyncio.create_task(watch(lambda: asyncio.to_thread(self.scan), seconds))
         try:
             yield
         finally:
-            watch.cancel()
+            watching.cancel()
 
     def chat(self, asked: ChatRequest, most: int) -> Posted:
         """Return what is posted for a conversation.
@@ -136,12 +136,6 @@ class EmbeddedTasks:
             name = self._backbone.name
             return f'reads the rows of "{name}" otherwise than its own ids: another model, or one that scales them'
         return None
-
-    async def _watch(self, seconds: float) -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            with contextlib.suppress(OSError):  # a disk that is away for a while
-                await asyncio.to_thread(self.scan)
 
     def _find(self, model: str) -> _Loaded | None:
         served = self._folder.find(model)

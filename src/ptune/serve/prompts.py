@@ -9,9 +9,11 @@ refusals.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -199,6 +201,20 @@ class VersionsInMemory:
         self._metrics.prompts.set(len(self._engine.prompts))
         self._metrics.prompt_bytes.set(self._engine.memory.bytes)
         self._metrics.key_bytes.set(self._engine.keys.bytes)
+
+
+async def watch(scan: Callable[[], Awaitable[None]], seconds: float) -> None:
+    """Look at a folder again and again; a mistake, as of a disk that is away for a while, is logged once."""
+    said = ""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await scan()
+            said = ""
+        except Exception as error:
+            if repr(error) != said:
+                said = repr(error)
+                _log.error("the folder of soft prompts cannot be looked at", extra={"reason": said})
 
 
 def _stamp(path: Path) -> Stamp:

@@ -99,8 +99,9 @@ class Scheduler:
             if answered:
                 self._seconds_a_text, spent = spent / answered, 0.0
             self._versions.sweep()
-            if self._closing and not self._writing and not self._prepared:
-                return
+            with self._condition:  # nothing can arrive once it is closing
+                if self._closing and not self._writing and not self._prepared and not self._arrived:
+                    return
 
     def _newly_arrived(self) -> list[Job]:
         """Wait for work, and then a moment for more of it, unless some waits already."""

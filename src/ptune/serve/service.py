@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
@@ -16,13 +15,11 @@ from starlette.requests import Request
 from ptune.engine.engine import Engine
 from ptune.serve.jobs import Job, Piece, Scored, Written
 from ptune.serve.metrics import Metrics
-from ptune.serve.prompts import PromptFolder
+from ptune.serve.prompts import PromptFolder, watch
 from ptune.serve.protocol import Usage
 from ptune.serve.scheduler import Scheduler
 from ptune.serve.settings import ServeSettings
 from ptune.serve.waiting import too_late, while_there
-
-_log = logging.getLogger(__name__)
 
 Event: TypeAlias = "tuple[int, Piece | Written]"
 """A job's number, and a piece of its text or, at its end, its whole answer."""
@@ -45,26 +42,16 @@ class Service:
     async def running(self) -> AsyncIterator[None]:
         """Answer requests and watch the folder while the block runs; then finish what was taken."""
         self.scheduler.start()
-        watch = asyncio.create_task(self._watch())
+        watching = asyncio.create_task(watch(self._scan, self.settings.watch_seconds))
         try:
             yield
         finally:
-            watch.cancel()
+            watching.cancel()
             await asyncio.to_thread(self.scheduler.close)
 
-    async def _watch(self) -> None:
-        """Look at the folder again and again; a mistake, as of a disk that is away for a while, is logged once."""
-        said = ""
-        while True:
-            await asyncio.sleep(self.settings.watch_seconds)
-            try:
-                async with self.changing:
-                    await asyncio.to_thread(self.folder.scan)
-                said = ""
-            except Exception as error:
-                if repr(error) != said:
-                    said = repr(error)
-                    _log.error("the folder of soft prompts cannot be looked at", extra={"reason": said})
+    async def _scan(self) -> None:
+        async with self.changing:
+            await asyncio.to_thread(self.folder.scan)
 
     async def answers(self, request: Request, jobs: Sequence[Job]) -> list[Any]:
         """Submit jobs and return their answers.
