@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,6 +187,22 @@ def test_unknown_prompts_and_templates_of_several_fields_are_named(backbone: Bac
             engine.classify("sentimet", TEXTS)
         with pytest.raises(SoftPromptError, match='"chat" has the fields instruction, input; give records to predict'):
             engine.classify("chat", TEXTS)
+
+
+def test_the_bare_model_has_no_task_and_says_what_to_call(backbone: Backbone) -> None:
+    with Engine(backbone) as engine:
+        engine.add("sentiment", sentiment(backbone))
+        asked: list[Callable[[], Any]] = [
+            lambda: engine.predict(None, [{"text": "a"}]),  # type: ignore[arg-type]
+            lambda: engine.predict(["sentiment", None], [{"text": "a"}] * 2),  # type: ignore[list-item]
+            lambda: engine.classify(None, ["a"]),  # type: ignore[arg-type]
+            lambda: engine.tag(None, ["a"]),  # type: ignore[arg-type]
+            lambda: engine.evaluate(None, [{"text": "a"}]),  # type: ignore[arg-type]
+            lambda: asyncio.run(engine.apredict(None, [{"text": "a"}])),  # type: ignore[arg-type]
+        ]
+        for ask in asked:
+            with pytest.raises(SoftPromptError, match=r"bare model has no task to answer with.*generate\(None, text\)"):
+                ask()
 
 
 def test_a_prompt_of_another_backbone_is_refused(backbone: Backbone) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,23 @@ def test_a_conversation_keeps_its_prompt(backbone: Backbone, tmp_path: Path) -> 
         assert list(engine.prompts) == ["writes"]
         assert chat.say({"text": "soup"})
         assert engine.generate("writes", "soup", GenerationOptions(max_new_tokens=4)) == first
+
+
+def test_a_conversation_has_the_model_to_itself_while_it_writes(backbone: Backbone, tmp_path: Path) -> None:
+    make(backbone, task=GenerationConfig(max_new_tokens=4), overlong="cut", max_length=None).save(tmp_path / "writes")
+    with Engine(backbone, prompts=tmp_path) as engine, ThreadPoolExecutor(1) as pool:
+        chat = Chat(engine, "writes", GenerationOptions(max_new_tokens=4))
+        tokens, free = backbone.attach(), []
+        tokens.detach()
+
+        def ask_another_thread(*_: object) -> None:
+            if pool.submit(tokens.lock.acquire, blocking=False).result():
+                free.append(True)
+                pool.submit(tokens.lock.release).result()
+
+        backbone.model.register_forward_pre_hook(ask_another_thread)
+        assert chat.say({"text": "soup"})
+        assert free == []
 
 
 def test_threads_that_share_an_engine_are_not_crossed(backbone: Backbone, tmp_path: Path) -> None:

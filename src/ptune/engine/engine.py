@@ -182,7 +182,7 @@ class Engine:
             SoftPromptError: no soft prompt of a name is loaded, or there are more or fewer names than records.
             DataError: a record lacks a field of its template.
         """
-        if isinstance(name, str):
+        if name is None or isinstance(name, str):  # None is refused with its reason
             with self._prompts.using(name) as (loaded,):
                 return loaded.task.predict(self.backbone, records, batch_size=batch_size)
         if len(name) != len(records):
@@ -264,7 +264,27 @@ class Engine:
         """
         with self._prompts.using(*([] if name is None else [name])) as held:
             context, options = self._context(name, held, record, options)
-            listener = (lambda _index, text: on_text(text)) if on_text else None
+            return self.write(context, options, on_text=on_text)
+
+    def write(
+        self,
+        context: Sequence[int],
+        options: GenerationOptions | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generated:
+        """Continue ids, virtual ones of soft prompts that are held among them; nobody else runs the model meanwhile.
+
+        Args:
+            context: ids, rendered already.
+            options: how to decode; greedy where absent.
+            on_text: gets each piece of text as it comes.
+
+        Raises:
+            BackboneError: the context leaves no room for an answer.
+        """
+        listener = (lambda _index, text: on_text(text)) if on_text else None
+        with self._tokens.lock:
             return generate(self.backbone, [context], options, on_text=listener)[0]
 
     async def apredict(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ptune.engine.prompt_memory import PromptMemory
+from ptune.errors import SoftPromptError
 from ptune.models.backbone import Backbone
 from ptune.prompts.virtual_tokens import VirtualTokens
 from ptune.soft_prompts.library import Library
@@ -88,9 +89,14 @@ class LoadedPrompts:
         """Return a soft prompt, loaded where need be; its rows stay until it is let go as often as it was held.
 
         Raises:
-            SoftPromptError: there is none of that name, or its folder does not hold it any more.
+            SoftPromptError: there is none of that name, or its folder does not hold it any more; or None is asked for.
             ConfigError, TemplateError: its task cannot be built.
         """
+        if name is None:  # as generate() calls the bare model
+            raise SoftPromptError(
+                "the bare model has no task to answer with; give the name of a soft prompt, or let the bare model "
+                "continue a text by generate(None, text)"
+            )
         with self._tokens.lock:
             if name not in self.by_name:
                 prompt = SoftPrompt.load(self.library.find(name, self.by_name))
