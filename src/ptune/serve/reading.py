@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from ptune.engine.engine import LoadedPrompt
 from ptune.generation.generate import Generated
-from ptune.serve.contexts import check_field, context_of, record_of
+from ptune.serve.contexts import check_named, context_of, record_of
 from ptune.serve.jobs import Scored, Scoring, Writing, Written
 from ptune.serve.prompts import Served
 from ptune.serve.protocol import Model, ModelList
@@ -139,7 +139,7 @@ def _record(loaded: LoadedPrompt, item: Item) -> dict[str, Any]:
         besides = {words, text, *getattr(config, "choices", ())}
         for name in item:
             if name not in besides:
-                check_field(renderer, name)
+                check_named(renderer.template.fields, name)
         return item
     if words in renderer.template.fields:
         return {words: item}
