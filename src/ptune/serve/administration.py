@@ -19,6 +19,7 @@ from fastapi import APIRouter
 
 from ptune.engine.loaded_prompts import task_of
 from ptune.errors import OutputError, PtuneError
+from ptune.serve.paths import PROMPTS
 from ptune.serve.protocol import Model, Removed, Upload
 from ptune.serve.refusals import RefusedError, internal_error, unknown_model
 from ptune.serve.service import Service
@@ -34,7 +35,7 @@ def administration_routes(service: Service, folder: Path) -> APIRouter:
     """Return the routes of a server whose soft prompts stand in ``folder``."""
     router = APIRouter(tags=["administration"])
 
-    @router.put("/v1/prompts/{name}", response_model=Model)
+    @router.put(f"{PROMPTS}/{{name}}", response_model=Model)
     async def put(name: str, body: Upload) -> Any:
         """Add a soft prompt, or put it in place of another; requests in flight finish on the one before."""
         if not _NAME.fullmatch(name):
@@ -49,7 +50,7 @@ def administration_routes(service: Service, folder: Path) -> APIRouter:
         assert served is not None
         return Model(id=name, created=served.created, task=served.task)
 
-    @router.delete("/v1/prompts/{name}", response_model=Removed)
+    @router.delete(f"{PROMPTS}/{{name}}", response_model=Removed)
     async def delete(name: str) -> Any:
         """Remove a soft prompt, its own files alone; requests in flight finish on it."""
         async with service.changing:

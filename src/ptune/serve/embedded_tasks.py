@@ -26,7 +26,8 @@ from torch import Tensor
 from ptune.errors import SoftPromptError
 from ptune.rendering.renderer import Renderer
 from ptune.serve.contexts import chat_context, completion_context
-from ptune.serve.posted import COMPLETIONS, AsChatEvents, Body, Posted, as_chat, refused_choosing, sampled
+from ptune.serve.paths import COMPLETIONS
+from ptune.serve.posted import AsChatEvents, Body, Posted, as_chat, refused_choosing, sampled
 from ptune.serve.prompts import PromptFolder, Served, watch
 from ptune.serve.protocol import ChatRequest, CompletionRequest, Sampling
 from ptune.serve.refusals import RefusedError, unusable_model

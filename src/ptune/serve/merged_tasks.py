@@ -16,7 +16,8 @@ from ptune.errors import ConfigError
 from ptune.merging.chat_template import kwarg_of
 from ptune.merging.folder import DESCRIPTION
 from ptune.serve.contexts import question_of, with_system
-from ptune.serve.posted import CHATS, COMPLETIONS, Body, Posted, as_completion, refused_choosing, sampled
+from ptune.serve.paths import CHATS, COMPLETIONS
+from ptune.serve.posted import Body, Posted, as_completion, refused_choosing, sampled
 from ptune.serve.protocol import ChatRequest, CompletionRequest, Sampling
 from ptune.serve.refusals import RefusedError, unknown_model
 
