@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +105,23 @@ def test_a_batch_mixes_prompts_of_all_kinds_and_answers_each_as_if_alone(backbon
             assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
 
 
+def test_an_empty_record_is_read_once_for_all_records_that_it_calibrates(backbone: Backbone) -> None:
+    words = {"positive": " good", "negative": " bad"}
+    tasks = [ClassificationConfig(verbalizer=words, calibration=how) for how in ("prior", "prior", "none")]
+    with Engine(backbone) as engine:
+        for number, task in enumerate(tasks):
+            engine.add(str(number), replace(sentiment(backbone, number), task=task))
+        names, records = [str(n % 3) for n in range(12)], [{"text": "soup " * n} for n in range(1, 13)]
+        alone = [engine.predict(name, [record])[0] for name, record in zip(names, records, strict=True)]
+        backbone.plan = "reference"  # a pass a batch
+        passes: list[int] = []
+        backbone.model.register_forward_pre_hook(lambda *_: passes.append(1))
+        together = engine.predict(names, records, batch_size=8)  # of two rows a record
+    assert len(passes) == 3 + 2
+    for answer, expected in zip(together, alone, strict=True):
+        assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+
+
 def test_a_name_for_each_record(backbone: Backbone) -> None:
     with Engine(backbone) as engine:
         engine.add("one", sentiment(backbone))
@@ -167,6 +187,22 @@ def test_unknown_prompts_and_templates_of_several_fields_are_named(backbone: Bac
             engine.classify("sentimet", TEXTS)
         with pytest.raises(SoftPromptError, match='"chat" has the fields instruction, input; give records to predict'):
             engine.classify("chat", TEXTS)
+
+
+def test_the_bare_model_has_no_task_and_says_what_to_call(backbone: Backbone) -> None:
+    with Engine(backbone) as engine:
+        engine.add("sentiment", sentiment(backbone))
+        asked: list[Callable[[], Any]] = [
+            lambda: engine.predict(None, [{"text": "a"}]),  # type: ignore[arg-type]
+            lambda: engine.predict(["sentiment", None], [{"text": "a"}] * 2),  # type: ignore[list-item]
+            lambda: engine.classify(None, ["a"]),  # type: ignore[arg-type]
+            lambda: engine.tag(None, ["a"]),  # type: ignore[arg-type]
+            lambda: engine.evaluate(None, [{"text": "a"}]),  # type: ignore[arg-type]
+            lambda: asyncio.run(engine.apredict(None, [{"text": "a"}])),  # type: ignore[arg-type]
+        ]
+        for ask in asked:
+            with pytest.raises(SoftPromptError, match=r"bare model has no task to answer with.*generate\(None, text\)"):
+                ask()
 
 
 def test_a_prompt_of_another_backbone_is_refused(backbone: Backbone) -> None:

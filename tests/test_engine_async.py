@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,6 +98,35 @@ def test_texts_that_are_awaited_together_share_passes_and_others_join_them(engin
     assert len(passes) < alone / 2, "each text was written alone"
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_prompt_that_is_removed_while_a_text_waits_stays_until_that_has_ended(engine: Engine, replaced: bool) -> None:
+    prompt, first = engine.prompts["answer"].prompt, engine.prompts["answer"].first_virtual_id
+    other = replace(prompt, rows=-prompt.rows)
+    long = GenerationOptions(max_new_tokens=60, repetition_penalty=1.2)
+    expected = engine.generate("answer", TEXTS[0])
+    tokens = engine.backbone.attach()
+    tokens.detach()
+
+    async def ask() -> None:
+        crowd = [asyncio.create_task(engine.agenerate(None, "soup", long)) for _ in range(32)]  # as many as may grow
+        waiting = asyncio.create_task(engine.agenerate("answer", TEXTS[0]))
+        await asyncio.sleep(0)
+        await engine.apredict("mood", [{"text": TEXTS[0]}])  # queued behind it, so by now it has begun
+        engine.remove("answer")
+        if replaced:
+            engine.add("answer", other)
+        assert not any(text.done() for text in crowd)
+        assert tokens.meaning([first]) is not None
+        assert await waiting == expected
+        await asyncio.gather(*crowd)
+
+    asyncio.run(ask())
+    assert tokens.meaning([first]) is None
+    assert ("answer" in engine.prompts) == replaced
+    if replaced:
+        assert engine.generate("answer", TEXTS[0]) != expected
+
+
 def test_closing_the_engine_lets_texts_end_and_calls_off_those_that_wait(engine: Engine) -> None:
     expected = engine.generate("answer", TEXTS[0], GenerationOptions(max_new_tokens=40))
 
@@ -110,6 +140,34 @@ def test_closing_the_engine_lets_texts_end_and_calls_off_those_that_wait(engine:
         await begun.wait()
         engine.close()
         assert await growing == expected
+
+    asyncio.run(ask())
+
+
+def test_closing_the_engine_calls_off_a_text_that_was_not_yet_looked_at(engine: Engine) -> None:
+    begun, closing = threading.Event(), threading.Event()
+
+    def hook(*_: Any) -> None:
+        begun.set()
+        closing.wait(20)
+
+    engine.backbone.model.register_forward_pre_hook(hook)
+
+    async def ask() -> None:
+        reading = asyncio.create_task(engine.apredict("mood", [{"text": TEXTS[0]}]))
+        await asyncio.to_thread(begun.wait, 20)
+        queued = [
+            asyncio.create_task(engine.agenerate("answer", TEXTS[0])),
+            asyncio.create_task(engine.apredict("mood", [{"text": TEXTS[1]}])),
+        ]
+        await asyncio.sleep(0)
+        closed = asyncio.create_task(asyncio.to_thread(engine.close))
+        done, _ = await asyncio.wait(queued, timeout=5)
+        closing.set()
+        await closed
+        assert len(done) == 2
+        assert all(task.cancelled() for task in queued)
+        assert (await reading)[0]["label"]
 
     asyncio.run(ask())
 

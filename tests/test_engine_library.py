@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from soft_prompts import make
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune import Engine
-from ptune.config.task import GenerationConfig
+from ptune.config.task import ClassificationConfig, GenerationConfig
 from ptune.engine.chat import Chat
 from ptune.engine.prompt_memory import PromptMemory
-from ptune.errors import SoftPromptError
+from ptune.errors import ConfigError, SoftPromptError
 from ptune.generation.generate import GenerationOptions
 from ptune.models.backbone import Backbone
 
@@ -82,6 +83,20 @@ def test_prompts_over_the_budget_are_forgotten_and_come_back_at_other_ids(backbo
         assert expected["p0"] != expected["p1"]
 
 
+def test_a_prompt_whose_task_cannot_be_built_leaves_nothing_in_the_table(backbone: Backbone, tmp_path: Path) -> None:
+    alike = ClassificationConfig(verbalizer={"good": " film", "great": " film and soup"})
+    make(backbone, task=alike).save(tmp_path / "alike")
+    with Engine(backbone, prompts=tmp_path) as engine:
+        for _ in range(3):
+            with pytest.raises(ConfigError, match="cannot be told apart"):
+                engine.classify("alike", TEXTS)
+        tokens = backbone.attach()
+        following = tokens.allocate(1)
+        tokens.detach()
+        assert not any(tokens.meaning([number]) for number in range(backbone.vocabulary_size, following))
+        assert (engine.prompts, engine.memory.bytes) == ({}, 0)
+
+
 def test_a_thousand_prompts_answer_as_each_alone(backbone: Backbone, tmp_path: Path) -> None:
     fill(tmp_path, backbone, 20)
     for number in range(20, 1000):  # copied, for a save waits for the disk
@@ -110,6 +125,23 @@ def test_a_conversation_keeps_its_prompt(backbone: Backbone, tmp_path: Path) -> 
         assert list(engine.prompts) == ["writes"]
         assert chat.say({"text": "soup"})
         assert engine.generate("writes", "soup", GenerationOptions(max_new_tokens=4)) == first
+
+
+def test_a_conversation_has_the_model_to_itself_while_it_writes(backbone: Backbone, tmp_path: Path) -> None:
+    make(backbone, task=GenerationConfig(max_new_tokens=4), overlong="cut", max_length=None).save(tmp_path / "writes")
+    with Engine(backbone, prompts=tmp_path) as engine, ThreadPoolExecutor(1) as pool:
+        chat = Chat(engine, "writes", GenerationOptions(max_new_tokens=4))
+        tokens, free = backbone.attach(), []
+        tokens.detach()
+
+        def ask_another_thread(*_: object) -> None:
+            if pool.submit(tokens.lock.acquire, blocking=False).result():
+                free.append(True)
+                pool.submit(tokens.lock.release).result()
+
+        backbone.model.register_forward_pre_hook(ask_another_thread)
+        assert chat.say({"text": "soup"})
+        assert free == []
 
 
 def test_threads_that_share_an_engine_are_not_crossed(backbone: Backbone, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ptune.config.file import load_config
 from ptune.config.run import RunConfig
 from ptune.config.task import TASK_CONFIGS, ClassificationConfig, ExtractionConfig, GenerationConfig
 from ptune.models.backbone import Backbone
-from ptune.records.data import Record
+from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import completed
 from ptune.template import Template

@@ -22,9 +22,14 @@ from ptune.cli import app as command_line
 from ptune.engine.engine import Engine
 from ptune.errors import ConfigError
 from ptune.generation.generate import GenerationOptions
+from ptune.rendering.renderer import Renderer
+from ptune.serve.contexts import chat_context
 from ptune.serve.gateway import create_gateway
 from ptune.serve.merged_tasks import MergedTasks
+from ptune.serve.protocol import ChatRequest
+from ptune.serve.refusals import RefusedError
 from ptune.serve.settings import GatewaySettings
+from ptune.template import Template
 
 TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果", "the door"]
 SETTINGS = GatewaySettings(watch_seconds=0.2, max_tokens=200)
@@ -192,6 +197,60 @@ def test_what_it_cannot_do_it_refuses_in_a_sentence(path: str, body: Any, status
         assert answer.status_code == status
         assert words in answer.json()["error"]["message"]
         assert httpx.post(f"{url}/v1/{path}", json=body).status_code == 401
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+USER = {"role": "user", "content": "soup"}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "fields", "words"),
+    [
+        ("[P]{system} {text}{answer}", [SYSTEM, USER], {"system": "Be rude."}, "field system is the system message"),
+        ("[P]{text}{answer}", [SYSTEM, USER], {}, "no field system for a system message"),
+        ("[P]{system} {text}{answer}", [SYSTEM, USER], {"text": "a"}, 'the field "text" is the text itself'),
+        (
+            "[P]{text}[?{more}]{answer}",
+            [USER],
+            {"mroe": "a"},
+            'no field "mroe"; it has text, more. Did you mean "more"?',
+        ),
+        ("[P]{system}{answer}", [SYSTEM, USER], {}, "has no field for a text"),
+        ("[P]{system} {text}[?{a b}]{answer}", [SYSTEM, USER], {"a b": "c"}, None),
+    ],
+)
+def test_a_merged_model_takes_the_fields_that_a_server_of_ptune_takes(
+    template: str, messages: list[Any], fields: dict[str, str], words: str | None
+) -> None:
+    backbone = tiny_backbone()
+    parsed = Template.parse(template)
+    told = {"task": {"type": "generation", "max_new_tokens": 4}, "fields": parsed.fields}
+    asked = ChatRequest(model="kind", messages=messages, fields=fields)
+    renderer = Renderer(parsed, backbone.tokenizer, backbone.vocabulary_size)
+    given = [(message.role, message.text) for message in asked.messages]
+    ask = [
+        lambda: MergedTasks("tiny", {"kind": told}).chat(asked, 9),
+        lambda: chat_context(backbone, renderer, given, fields, 4),
+    ]
+    if words is None:
+        body = ask[0]().body
+        assert body["chat_template_kwargs"] == {"task": "kind", "system": "Be kind.", "fields": {"a b": "c"}}
+        assert body["messages"] == [USER]
+        assert "Be kind. soupc" in backbone.tokenizer.decode(ask[1]()[1:])
+        return
+    refused = []
+    for each in ask:
+        with pytest.raises(RefusedError) as error:
+            each()
+        refused.append((str(error.value), error.value.param))
+    assert words in refused[0][0]
+    assert refused[0] == refused[1]
+
+
+def test_the_bare_model_of_a_merged_model_is_asked_by_an_empty_task() -> None:
+    asked = ChatRequest(model="tiny", messages=[USER])
+    for tasks in ({"answer": merged_tasks().tasks["answer"]}, merged_tasks().tasks):
+        assert MergedTasks("tiny", tasks).chat(asked, 9).body["chat_template_kwargs"] == {"task": ""}
 
 
 def test_without_a_server_behind_it_says_so_and_is_not_ready() -> None:

@@ -165,6 +165,18 @@ def test_a_stop_text_ends_the_answer_before_it() -> None:
     assert plain.finished == "length"
 
 
+@pytest.mark.parametrize("length", [4, 6, 9])
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_nothing_of_a_stop_text_near_the_start_is_told(start: int, length: int) -> None:
+    model = backbone()
+    plain = generate(model, [words(TEXTS[1])], GenerationOptions(max_new_tokens=16))[0]
+    stop, pieces = plain.text[start : start + length], []
+    options = GenerationOptions(max_new_tokens=16, stop=(stop,))
+    stopped = generate(model, [words(TEXTS[1])], options, on_text=lambda _, text: pieces.append(text))[0]
+    assert stopped.text == plain.text[: plain.text.index(stop)] == "".join(pieces)
+    assert stopped.finished == "stop"
+
+
 def test_the_limit_counts_virtual_tokens_and_no_room_is_said() -> None:
     model = backbone()
     assert model.context_limit == 256

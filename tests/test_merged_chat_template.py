@@ -148,7 +148,17 @@ def test_the_bare_model_answers_where_no_task_is_named(tmp_path: Path) -> None:
     kept = Folder(tmp_path / "kept", tiny_tokenizer(), TEMPLATES, own=own)
     assert kept.render("one") == alone.apply_chat_template(chat, tokenize=False)
     single = Folder(tmp_path / "single", tiny_tokenizer(), {"film": TEMPLATES["film"]}, own=own)
-    assert single.render("one") == f"one{MARK}:0|>{MARK}:1|> so it is{MARK}:2|>"
+    of_task = f"one{MARK}:0|>{MARK}:1|> so it is{MARK}:2|>"
+    assert single.render("one") == single.render("one", task=None) == single.render("one", task="film") == of_task
+
+
+def test_an_empty_name_asks_the_bare_model_of_one_task_and_of_several(tmp_path: Path) -> None:
+    own = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    for number, templates in enumerate(({"film": TEMPLATES["film"]}, TEMPLATES)):
+        kept = Folder(tmp_path / f"kept{number}", with_bos(), templates, own=own)
+        assert kept.render("one", "two", "three", task="") == "<user>one<assistant>two<user>three"
+        bare = Folder(tmp_path / f"bare{number}", with_bos(), templates)
+        assert bare.render("one", "two", task="") == "<s>one\n\ntwo"
 
 
 def test_a_conversation_carries_the_virtual_tokens_in_its_first_turn(tmp_path: Path) -> None:

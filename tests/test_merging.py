@@ -20,8 +20,8 @@ import ptune
 from ptune import Engine, GenerationOptions, MergedModel, merge_prompts
 from ptune.errors import BackboneError, OutputError, SoftPromptError
 from ptune.merging import output_row
-from ptune.merging.tensor_files import TensorFile
 from ptune.models.backbone import Backbone
+from ptune.pretrained.stored_tensors import TensorFile
 
 CHAT = "[P*3]Human: {instruction}[?\n{input}]\nAssistant:{answer}"
 TEXTS = ["The film was a quiet wonder", "苹果很新鲜", "Give three tips"]

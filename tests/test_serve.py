@@ -174,6 +174,15 @@ def test_penalties_and_stop_texts_are_the_engine_s(served: Served, alone: Engine
     assert answer.choices[0].text == alone.generate("answer", TEXTS[0], options).text
 
 
+@pytest.mark.parametrize("length", [4, 7])
+def test_a_stream_tells_nothing_of_a_stop_text_at_the_start(served: Served, alone: Engine, length: int) -> None:
+    stop = alone.generate("answer", TEXTS[0], GenerationOptions(max_new_tokens=12)).text[:length]
+    ask = {"model": "answer", "prompt": TEXTS[0], "max_tokens": 12, "stop": [stop]}
+    choices = [chunk.choices[0] for chunk in served.openai.completions.create(**ask, stream=True)]
+    assert "".join(choice.text for choice in choices) == ""
+    assert choices[-1].finish_reason == "stop"
+
+
 def test_the_bare_model_s_chat_needs_a_chat_template(served: Served, alone: Engine) -> None:
     ask: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": TEXTS[0]}], "max_tokens": 6}
     with pytest.raises(openai.BadRequestError, match="has no chat template"):

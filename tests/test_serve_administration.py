@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +12,17 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from serving import Served, rows, serving, soft_prompts, tiny_backbone
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune import Engine, SoftPrompt
+from ptune.config.task import ClassificationConfig
 from ptune.models.backbone import Backbone
+from ptune.models.deep_start import keys_and_values_of
+from ptune.serve.prompts import PromptFolder
+from ptune.serve.service import Service
+from ptune.serve.settings import ServeSettings
 
 ASK = {"model": "new", "input": "great soup"}
 
@@ -72,7 +80,9 @@ def test_what_is_no_sound_prompt_of_this_backbone_changes_nothing(
     good = body(soft_prompts(backbone)["mood"], tmp_path / "given")
     other = Backbone(tiny_model("llama", seed=3), tiny_tokenizer(), "other")
     foreign = body(soft_prompts(other)["mood"], tmp_path / "foreign")
+    alike = ClassificationConfig(verbalizer={"good": " film", "great": " film and soup"})
     bad: list[tuple[str, Any, int, str]] = [
+        ("new", body(replace(soft_prompts(backbone)["mood"], task=alike), tmp_path / "alike"), 400, "be told apart"),
         ("new", foreign, 400, "belongs to another backbone"),
         ("new", good | {"tensors": good["tensors"][:400]}, 400, "was altered or cut short"),
         ("new", good | {"tensors": "?"}, 400, "is no base64"),
@@ -94,6 +104,49 @@ def test_what_is_no_sound_prompt_of_this_backbone_changes_nothing(
         assert "/tmp" not in answer.text
     assert sorted(tmp_path.rglob("*")) == before
     assert served.http.delete("/v1/prompts/tiny").status_code == 404
+
+
+def test_a_prompt_is_checked_without_a_word_to_the_model(backbone: Backbone, tmp_path: Path) -> None:
+    values, shape = keys_and_values_of(backbone, backbone.embeddings(torch.arange(30, 35)))
+    deep = replace(soft_prompts(backbone)["answer"], rows=values, deep=shape, template="[P*5]{text}{answer}")
+    given = body(deep, tmp_path / "given")
+    with serving(tiny_backbone(), tmp_path, tokens=("t",), watch_seconds=1000) as served:
+        calls: list[object] = []
+        for module in (served.backbone.model, served.backbone.model.get_input_embeddings()):
+            module.register_forward_pre_hook(lambda module, _arguments: calls.append(module))
+        assert served.http.put("/v1/prompts/new", json=given).status_code == 200
+        assert calls == []
+        assert served.http.post("/v1/completions", json={"model": "new", "prompt": "soup"}).status_code == 200
+        assert calls
+
+
+def test_a_folder_that_could_not_be_looked_at_is_looked_at_again(
+    backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(backbone) as engine:
+        folder = PromptFolder(tmp_path, backbone)
+        service, scan, failures = Service(engine, folder, ServeSettings(watch_seconds=0.01)), folder.scan, []
+
+        def failing() -> None:
+            if len(failures) < 3:
+                failures.append(1)
+                raise RuntimeError("the disk is a pumpkin")
+            scan()
+
+        monkeypatch.setattr(folder, "scan", failing)
+
+        async def late() -> None:
+            while "late" not in folder.served:
+                await asyncio.sleep(0.01)
+
+        async def run() -> None:
+            async with service.running():
+                soft_prompts(backbone)["mood"].save(tmp_path / "late")
+                await asyncio.wait_for(late(), 20)
+
+        with caplog.at_level(logging.ERROR):
+            asyncio.run(run())
+    assert [vars(record)["reason"] for record in caplog.records] == ["RuntimeError('the disk is a pumpkin')"]
 
 
 def test_nobody_changes_a_server_without_a_token(served: Served, backbone: Backbone, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("predict prompt soup --limit 1", '--limit would do nothing, for "soup" is no file, folder or Hub name'),
         ("predict prompt soup --field text=a", '--field would do nothing, for "soup" is no file, folder or Hub name'),
         ("generate prompt soup --seed 3", "--seed would do nothing, for nothing is drawn without --temperature"),
-        ("generate prompt soup --field text=a", 'the text stands for the field "text", which is given beside it'),
+        ("generate prompt soup --field text=a", 'the field "text" is the text itself, which is given beside it'),
         ("inspect prompt --data test.jsonl", "--data would do nothing, for a soft prompt holds no data"),
         ("inspect prompt --json --count 5", "--count would do nothing, for --json says nothing of nearest words"),
         ("inspect prompt --json --model a", "--model would do nothing, for --json says nothing of nearest words"),

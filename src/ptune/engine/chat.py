@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ptune.engine.engine import Engine
-from ptune.generation.generate import Generated, GenerationOptions, generate
+from ptune.generation.generate import Generated, GenerationOptions
 from ptune.records.conversations import Exchange
 from ptune.records.record import Record
 
@@ -38,7 +38,6 @@ class Chat:
         asked = Record(record, "the question")
         asked.history = self._said
         context = self._renderer.question(asked, self._options.max_new_tokens)
-        listener = (lambda _index, text: on_text(text)) if on_text else None
-        answer = generate(self._engine.backbone, [context], self._options, on_text=listener)[0]
+        answer = self._engine.write(context, self._options, on_text=on_text)
         self._said = (*self._said, Exchange(dict(record), answer.text))
         return answer

@@ -25,6 +25,7 @@ from ptune.engine.thread import EngineThread
 from ptune.errors import DataError, SoftPromptError
 from ptune.generation.generate import Generated, GenerationOptions, generate
 from ptune.models.backbone import Backbone
+from ptune.models.deep_start import key_value_shape
 from ptune.rendering.filling import record_of_text
 from ptune.soft_prompts.library import Library
 from ptune.soft_prompts.soft_prompt import SoftPrompt
@@ -78,6 +79,9 @@ class Engine:
         library = Library(prompts)
         self.backbone = backbone if isinstance(backbone, Backbone) else Backbone.load(backbone)
         self._tokens = self.backbone.attach()
+        with self._tokens.lock:  # read now, for soft prompts are checked while another thread runs the model
+            self.backbone.fingerprint()
+            key_value_shape(self.backbone)
         self.keys = self._tokens.prefixes
         self.keys.budget = bytes_of(key_memory)
         self._prompts = LoadedPrompts(self.backbone, self._tokens, library, self.memory)
@@ -125,11 +129,15 @@ class Engine:
 
         Raises:
             SoftPromptError: it belongs to another backbone.
+            ConfigError, TemplateError: its task cannot be built.
         """
         self._prompts.add(name, prompt)
 
     def remove(self, name: str) -> None:
-        """Forget a soft prompt; its ids are never given again. One of the folder is loaded anew when it is used."""
+        """Forget a soft prompt; its ids are never given again. One of the folder is loaded anew when it is used.
+
+        Those who hold it, as texts that are being written do, keep its rows until they let it go.
+        """
         self._prompts.remove(name)
 
     def offer(self, name: str, folder: Path) -> None:
@@ -142,16 +150,19 @@ class Engine:
         self.remove(name)
 
     def hold(self, name: str) -> LoadedPrompt:
-        """Return a soft prompt, loaded where need be; it stays until it is let go as often as it was held.
+        """Return a soft prompt, loaded where need be; its rows stay until it is let go as often as it was held.
+
+        So they do though it be removed, or replaced by another of its name.
 
         Raises:
             SoftPromptError: there is none of that name, or its folder does not hold it any more.
+            ConfigError, TemplateError: its task cannot be built.
         """
         return self._prompts.hold(name)
 
-    def let_go(self, name: str) -> None:
-        """End one use of a soft prompt, and forget those over the budget that nobody uses."""
-        self._prompts.let_go(name)
+    def let_go(self, loaded: LoadedPrompt) -> None:
+        """End one use of a soft prompt that `hold` gave, and forget those over the budget that nobody uses."""
+        self._prompts.let_go(loaded)
 
     def predict(
         self, name: str | Sequence[str], records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
@@ -167,7 +178,7 @@ class Engine:
             SoftPromptError: no soft prompt of a name is loaded, or there are more or fewer names than records.
             DataError: a record lacks a field of its template.
         """
-        if isinstance(name, str):
+        if name is None or isinstance(name, str):  # None is refused with its reason
             with self._prompts.using(name) as (loaded,):
                 return loaded.task.predict(self.backbone, records, batch_size=batch_size)
         if len(name) != len(records):
@@ -249,7 +260,27 @@ class Engine:
         """
         with self._prompts.using(*([] if name is None else [name])) as held:
             context, options = self._context(name, held, record, options)
-            listener = (lambda _index, text: on_text(text)) if on_text else None
+            return self.write(context, options, on_text=on_text)
+
+    def write(
+        self,
+        context: Sequence[int],
+        options: GenerationOptions | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generated:
+        """Continue ids, virtual ones of soft prompts that are held among them; nobody else runs the model meanwhile.
+
+        Args:
+            context: ids, rendered already.
+            options: how to decode; greedy where absent.
+            on_text: gets each piece of text as it comes.
+
+        Raises:
+            BackboneError: the context leaves no room for an answer.
+        """
+        listener = (lambda _index, text: on_text(text)) if on_text else None
+        with self._tokens.lock:
             return generate(self.backbone, [context], options, on_text=listener)[0]
 
     async def apredict(
@@ -272,15 +303,19 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         tell = None if on_text is None else lambda text: loop.call_soon_threadsafe(on_text, text)
+        held: list[LoadedPrompt] = []
 
         def begin() -> tuple[list[int], GenerationOptions]:
-            with self._prompts.using(*([] if name is None else [name])) as held:
-                begun = self._context(name, held, record, options)
-                if name is not None:
-                    self.hold(name)  # until the text has ended
+            with self._prompts.using(*([] if name is None else [name])) as loaded:
+                begun = self._context(name, loaded, record, options)
+                held.extend(self.hold(one.name) for one in loaded)  # until the text has ended
                 return begun
 
-        return await self._writing.write(begin, lambda: None if name is None else self.let_go(name), tell)
+        def end() -> None:
+            for loaded in held:
+                self.let_go(loaded)
+
+        return await self._writing.write(begin, end, tell)
 
     def _context(
         self,
@@ -314,8 +349,7 @@ class Engine:
         self._thread.close()
         self._writing.close()
         with self._tokens.lock:
-            for name in self.prompts:
-                self.remove(name)
+            self._prompts.clear()
             self._tokens.detach()
 
     def __enter__(self) -> Engine:

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ptune.generation.generate import GenerationOptions, generate
 from ptune.models.backbone import Backbone
 from ptune.tasks import Generation, Task
 from ptune.tasks.reading import ReadingTask, in_batches
+from ptune.tasks.scoring import ScoringTask
 
 Question = tuple[Task, Mapping[str, Any]]
 """A record, and the task of the soft prompt that is to answer it."""
@@ -57,14 +59,21 @@ def _read(backbone: Backbone, questions: Sequence[Question], batch_size: int) ->
     tasks = [task for task, _ in questions if isinstance(task, ReadingTask)]
     rows = [task.rows(record) for task, (_, record) in zip(tasks, questions, strict=True)]
     answers: dict[int, dict[str, Any]] = {}
+    scores: dict[ScoringTask, dict[int, Tensor]] = {}
     with torch.no_grad():
         for together in in_batches(rows, batch_size):
             all_rows = [row for n in together for row in rows[n]]
             read = tasks[0].read(backbone, all_rows, backbone.tokenizer.pad_token_id)  # [S, V] or [S, H]
             places = [sum(len(row.read_at) for row in rows[n]) for n in together]
             for number, own in zip(together, read.split(places), strict=True):
-                record = questions[number][1]
-                answers[number] = tasks[number].answer_read(record, rows[number], own, backbone)
+                task, record = tasks[number], questions[number][1]
+                if isinstance(task, ScoringTask):
+                    scores.setdefault(task, {})[number] = task.scores_read(rows[number], own)
+                else:
+                    answers[number] = task.answer_read(record, rows[number], own, backbone)
+        for task, of in scores.items():
+            said = task.answers_from([questions[number][1] for number in of], list(of.values()), backbone)
+            answers |= zip(of, said, strict=True)
     return [answers[number] for number in range(len(questions))]
 
 

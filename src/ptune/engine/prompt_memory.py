@@ -34,8 +34,9 @@ class PromptMemory:
         self.bytes += size
 
     def remove(self, name: str) -> None:
-        """Note that it is there no longer, if it was."""
+        """Note that it is there no longer, if it was; who uses it now is counted elsewhere."""
         self.bytes -= self._sizes.pop(name, 0)
+        self._users.pop(name, None)
 
     def hold(self, name: str) -> None:
         """Begin a use."""

@@ -73,7 +73,8 @@ class SharedWriting:
             on_text: gets each piece of text, in the thread.
         """
         text = _Text(begin, end, on_text)
-        self._thread.submit(lambda: self._take(text))
+        taken = self._thread.submit(lambda: self._take(text))
+        taken.add_done_callback(lambda done: done.cancelled() and text.future.cancel())  # nobody will take it
         return await asyncio.wrap_future(text.future)
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,9 +20,9 @@ class EngineThread:
         """Return what a call returns. Where the task that awaits it is cancelled before it begins, it never does."""
         return await asyncio.wrap_future(self._pool.submit(call))
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Let a call wait for its turn; nobody hears of what it returns or raises."""
-        self._pool.submit(call)
+    def submit(self, call: Callable[[], None]) -> Future[None]:
+        """Let a call wait for its turn; the future is cancelled where the thread is closed before it has come."""
+        return self._pool.submit(call)
 
     def close(self) -> None:
         """Let the call that runs end; those that wait are cancelled."""

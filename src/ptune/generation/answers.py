@@ -148,7 +148,7 @@ class Answer:
         """Hand out what is new of the text, and the log-probabilities of the tokens that say it."""
         if not whole:  # the end of it may yet become another character, or a stop text
             text = text.rstrip(_UNFINISHED)
-            text = text[: len(text) - max(map(len, self._options.stop), default=1) + 1]
+            text = text[: max(0, len(text) - max(map(len, self._options.stop), default=1) + 1)]
         if self._options.logprobs and self._listener.on_logprobs:
             end = self._told
             while end < len(ids) and (

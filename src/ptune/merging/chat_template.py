@@ -78,8 +78,9 @@ class Words:
 def chat_template(tasks: Mapping[str, TaskShape], words: Words, own: str | None) -> str:
     """Return the template, in Jinja.
 
-    One task is always taken; of many the one that ``task`` names, and where it names none the bare model: by its own
-    chat template, or else the messages' texts alone.
+    The task is the one that ``task`` names; where it is None or not given, the only one there is. Where it is empty,
+    or not given and there are many, the bare model is shown: by its own chat template, or else the messages' texts
+    alone.
 
     Args:
         tasks: by name.
@@ -93,16 +94,17 @@ def chat_template(tasks: Mapping[str, TaskShape], words: Words, own: str | None)
     only = _literal(next(iter(tasks))) if len(tasks) == 1 else "''"
     lines = [
         "{%- set tasks = {" + listed + "} -%}",
-        "{%- set chosen = task if task is defined and task else " + only + " -%}",
+        "{%- set chosen = task if task is defined and task is not none else " + only + " -%}",
         "{%- if chosen and chosen not in tasks -%}",
         "{{- raise_exception('there is no task ' ~ chosen ~ '; the tasks are ' ~ (tasks | join(', '))) -}}",
         "{%- endif -%}",
         "{%- if chosen -%}",
         *_conversation(words, shapes),
+        "{%- else -%}",
+        *(_bare(words) if own is None else [_as_it_is(own)]),
+        "{%- endif -%}",
     ]
-    if len(tasks) > 1:
-        lines += ["{%- else -%}", *(_bare(words) if own is None else [_as_it_is(own)])]
-    return "".join([*lines, "{%- endif -%}"])
+    return "".join(lines)
 
 
 def kwarg_of(field: str) -> str | None:

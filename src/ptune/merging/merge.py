@@ -26,7 +26,7 @@ from ptune.families import CAUSAL
 from ptune.files import read_json, write_json, write_text
 from ptune.merging.chat_template import TaskShape, Words, chat_template
 from ptune.merging.folder import DESCRIPTION, check_place, write_folder
-from ptune.merging.model_files import ModelFiles, end_ids, source_folder
+from ptune.merging.model_files import ModelFiles, end_ids
 from ptune.merging.output_row import find_output_row
 from ptune.merging.probes import ids_agree, probe_records, refuse
 from ptune.merging.readme import readme
@@ -42,6 +42,7 @@ from ptune.merging.tokenizer_files import (
 )
 from ptune.models.backbone import Backbone
 from ptune.pretrained.fingerprint import same_backbone
+from ptune.pretrained.stored_tensors import source_folder
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 _MULTIPLE = 64

@@ -11,50 +11,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptune.errors import BackboneError
 from ptune.files import read_json, write_json
-from ptune.merging.tensor_files import FLOATS, TensorFile
 from ptune.models.backbone import Backbone
-from ptune.pretrained.loading import MINI
+from ptune.pretrained.stored_tensors import FLOATS, INDEX, TensorFile, names_of, shards_of, stored_name
 from ptune.prompts.virtual_tokens import input_matrix
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".safetensors", ".index.json")
 _HEADS = {"gpt_neox": "embed_out.weight"}
 """What the output head is called on disk where transformers calls it otherwise in memory."""
-_WRITTEN_ANEW = {"generation_config.json", "README.md", _INDEX}
-
-
-def source_folder(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a backbone that the user called ``name``; one of the Hub as its cache has that revision.
-
-    Raises:
-        BackboneError: it is not stored as safetensors.
-    """
-    folder = MINI if name == "mini" else Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*"]
-        try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BackboneError(f'cannot find the files of "{name}": {reason}; give its folder by --model') from error
-    if not ((folder / _SINGLE).is_file() or (folder / _INDEX).is_file()):
-        raise BackboneError(
-            f'"{name}" is not stored as safetensors, and nothing else can be merged: it has neither {_SINGLE} nor '
-            f"{_INDEX}; load it in transformers and save_pretrained it to a folder"
-        )
-    return folder
+_WRITTEN_ANEW = {"generation_config.json", "README.md", INDEX}
 
 
 @dataclass(frozen=True)
@@ -135,14 +108,14 @@ class ModelFiles:
                 TensorFile.open(self.folder / shard).write_with(target / shard, mine)
             else:
                 _link(self.folder / shard, target / shard)
-        if (self.folder / _INDEX).is_file():
-            index = read_json(self.folder / _INDEX, BackboneError)
+        if (self.folder / INDEX).is_file():
+            index = read_json(self.folder / INDEX, BackboneError)
             index["weight_map"] |= place
             entries = [TensorFile.open(target / shard).entries for shard in sorted(set(self.shards.values()))]
             sizes = (entry["data_offsets"] for file in entries for entry in file.values())
             index.setdefault("metadata", {})["total_size"] = sum(last - first for first, last in sizes)
             index["metadata"].pop("total_parameters", None)
-            write_json(target / _INDEX, index)
+            write_json(target / INDEX, index)
         return sorted(set(place.values()))
 
     def write_config(self, target: Path, rows: int) -> None:
@@ -178,36 +151,6 @@ class ModelFiles:
 
     def _file(self, name: str) -> TensorFile:
         return TensorFile.open(self.folder / self.shards[name])
-
-
-def shards_of(folder: Path) -> dict[str, str]:
-    """Return in which file of a model's folder each tensor is stored, by the tensor's name.
-
-    Raises:
-        BackboneError: its index is none, or a file is damaged.
-    """
-    if not (folder / _INDEX).is_file():
-        return dict.fromkeys(TensorFile.open(folder / _SINGLE).entries, _SINGLE)
-    index = read_json(folder / _INDEX, BackboneError)
-    shards: dict[str, str] = index.get("weight_map", {}) if isinstance(index, dict) else {}
-    strange = [shard for shard in shards.values() if Path(shard).name != shard]
-    if strange or not shards:
-        raise BackboneError(f'"{folder / _INDEX}" names no files beside it; copy the model again')
-    return shards
-
-
-def names_of(model: nn.Module, parameter: Tensor) -> list[str]:
-    """Return what a parameter of any shape is called in a model: more than one name where it is shared."""
-    return [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
-
-
-def stored_name(shards: dict[str, str], names: Iterable[str], prefix: str) -> str | None:
-    """Return under which of a model's names a tensor is stored: a file of the bare model lacks the prefix."""
-    for name in names:
-        for stored in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            if stored in shards:
-                return stored
-    return None
 
 
 def _alike(folder: Path, shards: dict[str, str], parameter: Tensor) -> str | None:

@@ -29,7 +29,8 @@ def readme(description: Mapping[str, Any]) -> str:
     choice = (
         'A request names its task by `chat_template_kwargs: {"task": ...}`; without it the bare model answers.'
         if many
-        else "It has one task, and the chat template always takes it."
+        else "It has one task, which the chat template takes; a request with `chat_template_kwargs: "
+        '{"task": ""}` asks the bare model.'
     )
     parts = [
         "---\nlibrary_name: transformers\ntags: [ptune, p-tuning, soft-prompt]\n---",
@@ -124,7 +125,8 @@ def _labels(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _engines(name: str, task: Mapping[str, Any], *, many: bool) -> str:
     kwargs = "".join(f", {key}={value!r}" for key, value in _kwargs(name, task, many=many).items())
     new = task["task"].get("max_new_tokens", 8)
-    return f"""In the parent folder of this one, called `merged` here. Only transformers is tried by ptune's tests.
+    return f"""In the parent folder of this one, called `merged` here. Of these, ptune's tests try transformers,
+vLLM and llama.cpp, with small models.
 
 transformers:
 

@@ -6,6 +6,7 @@ H width, V rows of the input matrix.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -92,6 +93,7 @@ class Backbone:
         self.plan: Literal["auto", "reference"] = "auto"
         self.quantization: str | dict[str, Any] | None = None
         self.sharded = False
+        self._fingerprint: dict[str, Any] = {}
         _self_test(self)
 
     @classmethod
@@ -108,8 +110,7 @@ class Backbone:
                 virtual tokens.
             MissingExtraError: what quantises it is not installed.
         """
-        if isinstance(config, str):
-            config = ModelConfig(name=config)
+        config = ModelConfig(name=config) if isinstance(config, str) else config
         backbone = cls(*load_model(config, on_processor=shard), config.name)
         backbone.quantization = config.quantization
         if shard:
@@ -310,10 +311,12 @@ class Backbone:
             self._recomputed = recomputed
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what tells this backbone from others, as `ptune.pretrained.fingerprint` has it."""
-        ids = sampled_ids(self.vocabulary_size)
-        rows = input_matrix(self.model)[ids.to(self.device)]
-        return fingerprint(self.kind.name, self.model.config.get_text_config(), rows, self.embeddings(ids))
+        """Return what tells this backbone from others, as `ptune.pretrained.fingerprint` has it; it is read once."""
+        if not self._fingerprint:
+            ids = sampled_ids(self.vocabulary_size)
+            rows, config = input_matrix(self.model)[ids.to(self.device)], self.model.config.get_text_config()
+            self._fingerprint = fingerprint(self.kind.name, config, rows, self.embeddings(ids))
+        return copy.deepcopy(self._fingerprint)
 
     def matches(self, other: dict[str, Any]) -> bool:
         """Whether a fingerprint is this backbone's, to the rounding of half precision."""
@@ -330,8 +333,7 @@ def _self_test(backbone: Backbone) -> None:
     Raises:
         BackboneError: the two differ, or no gradient arrives: this family reads its input elsewhere.
     """
-    model, device = backbone.model, backbone.device
-    family = type(model).__name__
+    model, device, family = backbone.model, backbone.device, type(backbone.model).__name__
     tokens = backbone.attach()
     try:
         first = tokens.allocate(2)

@@ -9,6 +9,8 @@ Knows backbones and nothing of encoders, files or training. Shapes: P virtual to
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from ptune.errors import BackboneError, SoftPromptError
 from ptune.families import takes_deep_prompts
 from ptune.models.backbone import Backbone
 from ptune.prompts.keys_and_values import KeyValueShape, new_cache, read_cache, rows_of
+
+_shapes: WeakKeyDictionary[Backbone, KeyValueShape] = WeakKeyDictionary()
 
 
 def keys_and_values_of(backbone: Backbone, rows: Tensor) -> tuple[Tensor, KeyValueShape]:
@@ -55,6 +59,18 @@ def check_deep_family(backbone: Backbone) -> None:
         )
 
 
+def key_value_shape(backbone: Backbone) -> KeyValueShape | None:
+    """Return how a backbone's keys and values lie in a row; None where its family takes no deep prompt.
+
+    The first call runs the model on a word; later ones look up what that gave, so they may come while it runs.
+    """
+    if not takes_deep_prompts(backbone.model.config, backbone.kind):
+        return None
+    if backbone not in _shapes:
+        _, _shapes[backbone] = keys_and_values_of(backbone, backbone.embeddings(torch.zeros(1, dtype=torch.long)))
+    return _shapes[backbone]
+
+
 def check_shape(shape: KeyValueShape, backbone: Backbone) -> None:
     """See that keys and values that lie in rows as ``shape`` has it are those of a backbone.
 
@@ -62,9 +78,9 @@ def check_shape(shape: KeyValueShape, backbone: Backbone) -> None:
         BackboneError: the family takes no deep prompt.
         SoftPromptError: its keys and values are of another shape.
     """
-    word = backbone.embeddings(torch.zeros(1, dtype=torch.long))
-    _, found = keys_and_values_of(backbone, word)
-    if found != shape:
+    check_deep_family(backbone)
+    found = key_value_shape(backbone)
+    if found is not None and found != shape:
         raise SoftPromptError(
             f'a deep prompt for "{backbone.name}" holds keys and values of {found.layers} layers with {found.heads} '
             f"heads {found.head_width} wide, and this one of {shape.layers} layers with {shape.heads} heads "

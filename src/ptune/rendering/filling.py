@@ -13,7 +13,7 @@ from typing import Any
 
 from ptune.config.settings import label_text
 from ptune.errors import DataError, did_you_mean
-from ptune.template import Field, Optional, Template, Text
+from ptune.template import SYSTEM, Field, Optional, Template, Text
 
 WITHOUT_BLANKS = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff00-\uffef]")
 """A character of a script that writes no blanks between words."""
@@ -40,22 +40,54 @@ def record_of_text(template: Template, text: str, others: Mapping[str, str], nam
     Raises:
         DataError: the template has no field, needs more of them, has none of a given name, or the text's own is given.
     """
-    fields, question = template.fields, template.question_field
-    if question is None:
-        raise DataError(f'the template of "{name}" has no field for a text; give records to predict()')
-    listed = f"it has {', '.join(fields)}"
-    unknown = [field for field in others if field not in fields]
-    if unknown:
-        raise DataError(
-            f'the template of "{name}" has no field "{unknown[0]}"; {listed}.{did_you_mean(unknown[0], fields)}'
-        )
-    if question in others:
-        raise DataError(f'the text stands for the field "{question}", which is given beside it; give one of the two')
+    fields = template.fields
+    question = check_fields(fields, others, f' of "{name}"')
     known = (question, *template.optional_fields, *others)
     needed = [field for field in fields if field not in known]
     if needed:
-        raise DataError(f'the template of "{name}" needs {", ".join(needed)} beside its first field; {listed}')
+        raise DataError(
+            f'the template of "{name}" needs {", ".join(needed)} beside its first field; it has {", ".join(fields)}'
+        )
     return dict.fromkeys(fields, "") | {question: text} | dict(others)
+
+
+def check_fields(fields: Sequence[str], others: Iterable[str], whose: str = "") -> str:
+    """Return the field that a text stands for: the first, that of a system message apart.
+
+    Args:
+        fields: of the template.
+        others: names of the fields that are given beside the text.
+        whose: the template is, for messages, as in ``the template of "film"``.
+
+    Raises:
+        DataError: there is no field for a text, or none of a given name, or the text's own is given.
+    """
+    question = next((name for name in fields if name != SYSTEM), None)
+    if question is None:
+        raise DataError(f"the template{whose} has no field for a text; give records with the fields that it has")
+    for name in others:
+        check_field(fields, name, whose)
+        if name == question:
+            raise DataError(f'the field "{name}" is the text itself, which is given beside it; give one of the two')
+    return question
+
+
+def check_field(fields: Sequence[str], name: str, whose: str = "") -> None:
+    """See that a template has a field.
+
+    Args:
+        fields: of the template.
+        name: the field.
+        whose: the template is, for messages.
+
+    Raises:
+        DataError: it has not; names those that it has.
+    """
+    if name not in fields:
+        listed = ", ".join(fields)
+        raise DataError(
+            f'the template{whose} has no field "{name}"; it has {listed}.{did_you_mean(name, list(fields))}'
+        )
 
 
 def _put_in(pieces: Iterable[Text | Field | Optional], values: Mapping[str, str]) -> str:

@@ -17,7 +17,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from ptune.errors import OutputError, SoftPromptError
+from ptune.engine.loaded_prompts import task_of
+from ptune.errors import OutputError, PtuneError
+from ptune.serve.paths import PROMPTS
 from ptune.serve.protocol import Model, Removed, Upload
 from ptune.serve.refusals import RefusedError, internal_error, unknown_model
 from ptune.serve.service import Service
@@ -33,7 +35,7 @@ def administration_routes(service: Service, folder: Path) -> APIRouter:
     """Return the routes of a server whose soft prompts stand in ``folder``."""
     router = APIRouter(tags=["administration"])
 
-    @router.put("/v1/prompts/{name}", response_model=Model)
+    @router.put(f"{PROMPTS}/{{name}}", response_model=Model)
     async def put(name: str, body: Upload) -> Any:
         """Add a soft prompt, or put it in place of another; requests in flight finish on the one before."""
         if not _NAME.fullmatch(name):
@@ -48,7 +50,7 @@ def administration_routes(service: Service, folder: Path) -> APIRouter:
         assert served is not None
         return Model(id=name, created=served.created, task=served.task)
 
-    @router.delete("/v1/prompts/{name}", response_model=Removed)
+    @router.delete(f"{PROMPTS}/{{name}}", response_model=Removed)
     async def delete(name: str) -> Any:
         """Remove a soft prompt, its own files alone; requests in flight finish on it."""
         async with service.changing:
@@ -66,7 +68,7 @@ def _read(service: Service, body: Upload) -> SoftPrompt:
     """Return the soft prompt in a body, checked as one that is loaded from its folder.
 
     Raises:
-        RefusedError: it is damaged, or belongs to another backbone.
+        RefusedError: it is damaged, or belongs to another backbone, or its task cannot be built.
     """
     try:
         tensors = base64.b64decode(body.tensors, validate=True)
@@ -78,7 +80,8 @@ def _read(service: Service, body: Upload) -> SoftPrompt:
         try:
             prompt = SoftPrompt.load(temporary)
             prompt.check(service.engine.backbone)
-        except SoftPromptError as error:
+            task_of(prompt, service.engine.backbone)  # what cannot be asked is not taken
+        except PtuneError as error:
             message = str(error).replace(f"{temporary}/", "").replace(temporary, "the soft prompt")
             raise RefusedError(400, message, param="description") from error
     return prompt

@@ -6,19 +6,16 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from fastapi import FastAPI, Security
-from fastapi.security import HTTPBearer
+from fastapi import FastAPI
 
-from ptune import __version__
 from ptune.engine.engine import Engine
 from ptune.serve.administration import administration_routes
-from ptune.serve.face import ERRORS, surround
-from ptune.serve.operation import operation_routes
+from ptune.serve.classify_routes import classify_routes
+from ptune.serve.completion_routes import completion_routes
+from ptune.serve.face import application
 from ptune.serve.prompts import PromptFolder
-from ptune.serve.reading import reading_routes
 from ptune.serve.service import Service
 from ptune.serve.settings import ServeSettings
-from ptune.serve.writing import writing_routes
 
 
 def create_app(
@@ -44,19 +41,13 @@ def create_app(
         async with service.running():
             yield
 
-    app = FastAPI(
-        title="ptune",
-        version=__version__,
-        description="Soft prompts on one backbone, each a model, by OpenAI's interface.",
-        lifespan=lifespan,
-        docs_url=None,  # its page loads scripts from elsewhere
-        redoc_url=None,
-        redirect_slashes=False,
-    )
-    bearer = [Security(HTTPBearer(auto_error=False))] if tokens else []  # for the description; BearerTokens asks
-    app.include_router(operation_routes(lambda: service.scheduler.alive, service.metrics))
     administration = [administration_routes(service, prompts)] if tokens and prompts is not None else []
-    for router in (reading_routes(service), writing_routes(service), *administration):
-        app.include_router(router, responses=ERRORS, dependencies=bearer)
-    surround(app, max_body=settings.max_body, tokens=tokens, metrics=service.metrics)
-    return app
+    return application(
+        "Soft prompts on one backbone, each a model, by OpenAI's interface.",
+        [classify_routes(service), completion_routes(service), *administration],
+        lifespan=lifespan,
+        ready=lambda: service.scheduler.alive,
+        max_body=settings.max_body,
+        tokens=tokens,
+        metrics=service.metrics,
+    )

@@ -7,17 +7,20 @@ refusals.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from ptune.errors import did_you_mean
+from ptune.errors import DataError
 from ptune.records.conversations import Exchange
 from ptune.records.record import Record
+from ptune.rendering.filling import check_field, check_fields
 from ptune.rendering.renderer import Renderer
 from ptune.serve.refusals import RefusedError
+from ptune.template import SYSTEM
 
 Message = tuple[str, str]
 """Role and text."""
@@ -39,31 +42,64 @@ def record_of(renderer: Renderer, text: str, fields: Mapping[str, str]) -> dict[
     """Return a record whose text is the template's first field, that of a system message apart.
 
     Raises:
-        RefusedError: 400, a field that the template lacks, or the first one by name as well.
+        RefusedError: 400, a field that the template lacks, or the first one by name as well, or it has none for a text.
     """
-    question = renderer.template.question_field
-    if question is None:
-        raise RefusedError(400, "the template of this soft prompt has no field for a text", param="model")
-    for name in fields:
-        if name == question:
-            raise RefusedError(400, f'the field "{name}" is the text itself; leave it out of fields', param="fields")
-        check_field(renderer, name)
-    return {question: text, **fields}
+    return {question_of(renderer.template.fields, fields): text, **fields}
 
 
-def check_field(renderer: Renderer, name: str) -> None:
+def question_of(fields: Sequence[str], others: Collection[str]) -> str:
+    """Return which of a template's fields a text stands for, when others are given by name.
+
+    Raises:
+        RefusedError: 400, as `check_fields` has it.
+    """
+    with _at_fault("fields" if others else "model"):
+        return check_fields(fields, others)
+
+
+def check_named(fields: Sequence[str], name: str) -> None:
     """See that a template has a field.
 
     Raises:
         RefusedError: 400, it has not; names those that it has.
     """
-    known = list(renderer.template.fields)
-    if name not in known:
+    with _at_fault("fields"):
+        check_field(fields, name)
+
+
+def with_system(fields: Sequence[str], given: Mapping[str, str], message: str | None) -> dict[str, str]:
+    """Return the fields that a conversation gives by name, its system message among them.
+
+    Args:
+        fields: of the template.
+        given: those that the request names.
+        message: the system message; None where there is none.
+
+    Raises:
+        RefusedError: 400, the template has no place for a system message, or the request names its field as well.
+    """
+    if message is None:
+        return dict(given)
+    if SYSTEM not in fields:
         raise RefusedError(
             400,
-            f'the template has no field "{name}"; it has {", ".join(known)}.{did_you_mean(name, known)}',
-            param="fields",
+            "the template of this soft prompt has no field system for a system message; write it into the user's",
+            param="messages",
         )
+    if SYSTEM in given:
+        raise RefusedError(
+            400, "the field system is the system message, which is given beside it; give one of the two", param="fields"
+        )
+    return {**given, SYSTEM: message}
+
+
+@contextlib.contextmanager
+def _at_fault(param: str) -> Iterator[None]:
+    """Refuse a mistake in a request by the member of its body that is at fault."""
+    try:
+        yield
+    except DataError as error:
+        raise RefusedError(400, str(error), param=param) from error
 
 
 def context_of(renderer: Renderer, record: Mapping[str, Any]) -> list[int]:
@@ -129,14 +165,7 @@ def chat_context(
     if renderer is None:
         return _bare_chat(backbone, messages, fields)
     instructions, turns = _in_turn(messages)
-    if instructions is not None:
-        if "system" not in renderer.template.fields:
-            raise RefusedError(
-                400,
-                "the template of this soft prompt has no field system for a system message; write it into the user's",
-                param="messages",
-            )
-        fields = {"system": instructions, **fields}
+    fields = with_system(renderer.template.fields, fields, instructions)
     asked = [record_of(renderer, text, fields) for text in turns[::2]]
     record = Record(asked[-1], "this conversation")
     record.history = tuple(Exchange(*pair) for pair in zip(asked, turns[1::2], strict=False))

@@ -26,8 +26,9 @@ from torch import Tensor
 from ptune.errors import SoftPromptError
 from ptune.rendering.renderer import Renderer
 from ptune.serve.contexts import chat_context, completion_context
-from ptune.serve.posted import COMPLETIONS, AsChatEvents, Body, Posted, as_chat, refused_choosing, sampled
-from ptune.serve.prompts import PromptFolder, Served
+from ptune.serve.paths import COMPLETIONS
+from ptune.serve.posted import AsChatEvents, Body, Posted, as_chat, refused_choosing, sampled
+from ptune.serve.prompts import PromptFolder, Served, watch
 from ptune.serve.protocol import ChatRequest, CompletionRequest, Sampling
 from ptune.serve.refusals import RefusedError, unusable_model
 from ptune.serve.stored_backbone import StoredBackbone
@@ -76,11 +77,11 @@ class EmbeddedTasks:
     @contextlib.asynccontextmanager
     async def watched(self, seconds: float) -> AsyncIterator[None]:
         """Look at the folder now and again while the block runs."""
-        watch = asyncio.create_task(self._watch(seconds))
+        watching = asyncio.create_task(watch(lambda: asyncio.to_thread(self.scan), seconds))
         try:
             yield
         finally:
-            watch.cancel()
+            watching.cancel()
 
     def chat(self, asked: ChatRequest, most: int) -> Posted:
         """Return what is posted for a conversation.
@@ -137,12 +138,6 @@ class EmbeddedTasks:
             return f'reads the rows of "{name}" otherwise than its own ids: another model, or one that scales them'
         return None
 
-    async def _watch(self, seconds: float) -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            with contextlib.suppress(OSError):  # a disk that is away for a while
-                await asyncio.to_thread(self.scan)
-
     def _find(self, model: str) -> _Loaded | None:
         served = self._folder.find(model)
         if served is None:
@@ -158,7 +153,7 @@ class EmbeddedTasks:
             prompt = SoftPrompt.load(served.folder)
         except SoftPromptError as error:
             _log.warning("a soft prompt cannot be loaded", extra={"prompt": served.name, "reason": str(error)})
-            raise unusable_model(served.name, "cannot be loaded any more; the server's log says more") from error
+            raise unusable_model(served.name, "cannot be loaded; the server's log says more") from error
         if prompt.deep is not None:
             raise unusable_model(
                 served.name, "is a deep prompt, keys and values, which no engine takes; serve it by ptune's own engine"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
+from ptune import __version__
 from ptune.errors import PtuneError, did_you_mean
-from ptune.serve.limits import BodyLimit
+from ptune.serve.body_limit import BodyLimit
+from ptune.serve.health_routes import health_routes
 from ptune.serve.logs import Observed
 from ptune.serve.metrics import RequestMetrics
 from ptune.serve.protocol import (
@@ -37,8 +41,40 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 """What routes answer besides, for the description."""
 
 
-def surround(app: FastAPI, *, max_body: int, tokens: Sequence[str], metrics: RequestMetrics) -> None:
-    """Set limits, tokens, the log and the telling of mistakes around an application's routes."""
+def application(
+    description: str,
+    routers: Sequence[APIRouter],
+    *,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
+    ready: Callable[[], bool],
+    max_body: int,
+    tokens: Sequence[str],
+    metrics: RequestMetrics,
+) -> FastAPI:
+    """Return an application: its routes, health and metrics, with limits, tokens and the log around them.
+
+    Args:
+        description: of what it serves.
+        routers: its own routes.
+        lifespan: what runs while it does.
+        ready: whether requests will be answered.
+        max_body: bytes of a request's body.
+        tokens: one of them must come with each request; none asks for none.
+        metrics: what it counts.
+    """
+    app = FastAPI(
+        title="ptune",
+        version=__version__,
+        description=description,
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    bearer = [Security(HTTPBearer(auto_error=False))] if tokens else []  # for the description; BearerTokens asks
+    app.include_router(health_routes(ready, metrics))
+    for router in routers:
+        app.include_router(router, responses=ERRORS, dependencies=bearer)
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(PtuneError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -46,6 +82,7 @@ def surround(app: FastAPI, *, max_body: int, tokens: Sequence[str], metrics: Req
     app.add_middleware(BodyLimit, limit=max_body)
     app.add_middleware(BearerTokens, tokens=tokens)
     app.add_middleware(Observed, metrics=metrics)  # the outermost
+    return app
 
 
 async def _refused(_request: Request, error: Exception) -> JSONResponse:

@@ -16,17 +16,15 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
-from fastapi import APIRouter, FastAPI, Request, Security
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.security import HTTPBearer
 
-from ptune import __version__
 from ptune.serve.embedded_tasks import EmbeddedTasks
-from ptune.serve.face import ERRORS, surround
+from ptune.serve.face import application
 from ptune.serve.merged_tasks import MergedTasks
 from ptune.serve.metrics import GatewayMetrics
-from ptune.serve.operation import operation_routes
-from ptune.serve.posted import CHATS, COMPLETIONS, Body, Posted
+from ptune.serve.paths import CHATS, CLASSIFY, COMPLETIONS, MODELS, TAG
+from ptune.serve.posted import Body, Posted
 from ptune.serve.protocol import (
     ChatCompletion,
     ChatRequest,
@@ -37,13 +35,12 @@ from ptune.serve.protocol import (
     Sampling,
 )
 from ptune.serve.reading_protocol import Classification, ClassifyRequest, Tagging, TagRequest
-from ptune.serve.refusals import RefusedError, unknown_model
+from ptune.serve.refusals import RefusedError, check_count, unknown_model
 from ptune.serve.settings import GatewaySettings
 from ptune.serve.upstreams import Upstream, Upstreams
 from ptune.serve.waiting import too_late, while_there
 
 _log = logging.getLogger(__name__)
-_CLASSIFY, _TAG = "/v1/classify", "/v1/tag"
 Tasks = MergedTasks | EmbeddedTasks
 
 
@@ -76,31 +73,26 @@ def create_gateway(
                 await stack.enter_async_context(embedded.watched(settings.watch_seconds))
             yield
 
-    app = FastAPI(
-        title="ptune",
-        version=__version__,
-        description="Soft prompts on servers behind this one, each a model, by OpenAI's interface.",
+    return application(
+        "Soft prompts on servers behind this one, each a model, by OpenAI's interface.",
+        [_routes(gateway)],
         lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
+        ready=lambda: bool(upstreams.alive),
+        max_body=settings.max_body,
+        tokens=tokens,
+        metrics=metrics,
     )
-    bearer = [Security(HTTPBearer(auto_error=False))] if tokens else []
-    app.include_router(operation_routes(lambda: bool(upstreams.alive), metrics))
-    app.include_router(_routes(gateway), responses=ERRORS, dependencies=bearer)
-    surround(app, max_body=settings.max_body, tokens=tokens, metrics=metrics)
-    return app
 
 
 def _routes(gateway: _Gateway) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/v1/models", response_model=ModelList)
+    @router.get(MODELS, response_model=ModelList)
     async def models() -> Any:
         """List the bare backbone and every soft prompt."""
         return ModelList(data=list(gateway.models().values()))
 
-    @router.get("/v1/models/{model:path}", response_model=Model)
+    @router.get(f"{MODELS}/{{model:path}}", response_model=Model)
     async def model(model: str) -> Any:
         """Tell of one of them."""
         return gateway.model(model)
@@ -115,15 +107,15 @@ def _routes(gateway: _Gateway) -> APIRouter:
         """Continue a text, or several: by a soft prompt's template, or with the bare model as they stand."""
         return await gateway.complete(request, body)
 
-    @router.post(_CLASSIFY, response_model=Classification)
+    @router.post(CLASSIFY, response_model=Classification)
     async def classify(request: Request, body: ClassifyRequest) -> Any:
         """Take the likeliest of a soft prompt's labels for each text; where servers of ptune stand behind."""
-        return await gateway.read(request, _CLASSIFY, body)
+        return await gateway.read(request, CLASSIFY, body)
 
-    @router.post(_TAG, response_model=Tagging)
+    @router.post(TAG, response_model=Tagging)
     async def tag(request: Request, body: TagRequest) -> Any:
         """Find the entities of each text by a soft prompt; where servers of ptune stand behind."""
-        return await gateway.read(request, _TAG, body)
+        return await gateway.read(request, TAG, body)
 
     return router
 
@@ -172,9 +164,7 @@ class _Gateway:
     async def complete(self, request: Request, asked: CompletionRequest) -> Any:
         self._check(asked)
         texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-        if len(texts) > self._settings.max_items:
-            most = self._settings.max_items
-            raise RefusedError(400, f"prompt has {len(texts)} texts, and a request {most} at most", param="prompt")
+        check_count("prompt", len(texts), self._settings.max_items)
         if self._tasks is None:
             posted = [Posted(COMPLETIONS, asked.model_dump(exclude_unset=True))]
         else:

@@ -62,6 +62,7 @@ class Job(ABC):
         path: of the request, which says what answers are wanted.
         served: the soft prompt; None for the bare model.
         rows: how much of a batch it takes.
+        held: the soft prompt in memory, from when it is prepared until it has ended.
         future: of its answer.
     """
 
@@ -69,6 +70,7 @@ class Job(ABC):
 
     def __init__(self, path: str, served: Served | None, rows: int) -> None:
         self.path, self.served, self.rows = path, served, rows
+        self.held: LoadedPrompt | None = None
         self.future: Future[Any] = Future()
 
     @property

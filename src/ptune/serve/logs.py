@@ -14,21 +14,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ptune.serve.metrics import RequestMetrics
+from ptune.serve.paths import ALL
 from ptune.serve.refusals import internal_error
 
 _log = logging.getLogger(__name__)
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
-_PATHS = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/classify",
-    "/v1/tag",
-    "/v1/models",
-    "/v1/prompts",
-    "/healthz",
-    "/readyz",
-    "/metrics",
-)
 
 
 class JsonLines(logging.Formatter):
@@ -79,7 +69,7 @@ class Observed:
                 await JSONResponse(internal_error().body(), 500)(scope, receive, observed)
         finally:
             seconds = time.monotonic() - begin
-            path = next((path for path in _PATHS if scope["path"].startswith(path)), "other")
+            path = next((path for path in ALL if scope["path"].startswith(path)), "other")
             self._metrics.requests.labels(path, str(status or 499)).inc()
             self._metrics.seconds.labels(path).observe(seconds)
             values = {"id": name, "method": scope["method"], "path": path, "status": status or 499}

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptune.errors import ConfigError, did_you_mean
+from ptune.errors import ConfigError
 from ptune.merging.chat_template import kwarg_of
 from ptune.merging.folder import DESCRIPTION
-from ptune.serve.posted import CHATS, COMPLETIONS, Body, Posted, as_completion, refused_choosing, sampled
+from ptune.serve.contexts import question_of, with_system
+from ptune.serve.paths import CHATS, COMPLETIONS
+from ptune.serve.posted import Body, Posted, as_completion, refused_choosing, sampled
 from ptune.serve.protocol import ChatRequest, CompletionRequest, Sampling
 from ptune.serve.refusals import RefusedError, unknown_model
 
@@ -60,16 +62,10 @@ class MergedTasks:
             RefusedError: no such model, or what a merged model has no place for.
         """
         messages = [{"role": message.role, "content": message.text} for message in asked.messages]
-        fields, task = dict(asked.fields), self._task(asked.model)
-        if task is not None and messages[0]["role"] in ("system", "developer"):
-            if "system" not in task["fields"]:
-                raise RefusedError(
-                    400,
-                    "the template of this soft prompt has no field system for a system message; write it into the "
-                    "user's",
-                    param="messages",
-                )
-            fields["system"] = messages.pop(0)["content"]
+        fields, task = asked.fields, self._task(asked.model)
+        if task is not None:
+            system = messages.pop(0)["content"] if messages[0]["role"] in ("system", "developer") else None
+            fields = with_system(task["fields"], fields, system)
         body = self._body(asked, asked.max_completion_tokens or asked.max_tokens, most)
         if asked.logprobs:
             body |= {"logprobs": True, "top_logprobs": asked.top_logprobs or 0}
@@ -110,28 +106,10 @@ class MergedTasks:
         if task is None:
             if fields:
                 raise RefusedError(400, "the bare model has no template, so no fields; leave them out", param="fields")
-            if len(self.tasks) == 1:
-                raise RefusedError(
-                    400,
-                    "a merged model of one task always takes it, so its bare model takes no messages; continue a text "
-                    "by /v1/completions",
-                    param="model",
-                )
-            return {}
-        question = next((name for name in task["fields"] if name != "system"), None)
+            return {"chat_template_kwargs": {"task": ""}}  # not given, it is the only task of a merged model of one
+        question_of(task["fields"], fields)
         kwargs: Body = {"task": model}
         for name, text in fields.items():
-            if name == question:
-                raise RefusedError(
-                    400, f'the field "{name}" is the text itself; leave it out of fields', param="fields"
-                )
-            if name not in task["fields"]:
-                known = list(task["fields"])
-                raise RefusedError(
-                    400,
-                    f'the template has no field "{name}"; it has {", ".join(known)}.{did_you_mean(name, known)}',
-                    param="fields",
-                )
             if kwarg_of(name):
                 kwargs[name] = text
             else:

@@ -13,7 +13,6 @@ from ptune.generation.sampling import GenerationOptions
 from ptune.serve.protocol import Sampling
 from ptune.serve.refusals import RefusedError
 
-CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 Body = dict[str, Any]
 _PASSED_ON = ("top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 

@@ -9,15 +9,17 @@ refusals.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ptune.engine.engine import Engine, LoadedPrompt
-from ptune.errors import ConfigError, SoftPromptError
+from ptune.errors import ConfigError, PtuneError, SoftPromptError
 from ptune.serve.metrics import Metrics
 from ptune.serve.refusals import unknown_model, unusable_model
 from ptune.soft_prompts.files import DESCRIPTION, read_description
@@ -169,7 +171,7 @@ class VersionsInMemory:
         """Return a version, loaded where need be; it stays until it was let go as often as it was held.
 
         Raises:
-            RefusedError: 404, it cannot be loaded any more.
+            RefusedError: 404, it cannot be loaded, or not any more.
         """
         if served not in self._known:
             self._engine.offer(served.key, served.folder)
@@ -177,18 +179,18 @@ class VersionsInMemory:
         there = served.key in self._engine.memory
         try:
             loaded = self._engine.hold(served.key)
-        except SoftPromptError as error:
+        except PtuneError as error:  # its files are gone or changed, or its task cannot be built
             _log.warning("a soft prompt cannot be loaded", extra={"prompt": served.name, "reason": str(error)})
-            raise unusable_model(served.name, "cannot be loaded any more; the server's log says more") from error
+            raise unusable_model(served.name, "cannot be loaded; the server's log says more") from error
         if loaded.prompt.task.type != served.task:  # replaced since the folder was looked at
-            self._engine.let_go(served.key)
+            self._engine.let_go(loaded)
             raise unusable_model(served.name, "is being replaced by one of another task; ask again in a moment")
         self._metrics.loads.inc(not there)
         return loaded
 
-    def let_go(self, served: Served) -> None:
+    def let_go(self, loaded: LoadedPrompt) -> None:
         """End one use."""
-        self._engine.let_go(served.key)
+        self._engine.let_go(loaded)
 
     def sweep(self) -> None:
         """Forget versions that were replaced or removed and that nobody uses."""
@@ -199,6 +201,20 @@ class VersionsInMemory:
         self._metrics.prompts.set(len(self._engine.prompts))
         self._metrics.prompt_bytes.set(self._engine.memory.bytes)
         self._metrics.key_bytes.set(self._engine.keys.bytes)
+
+
+async def watch(scan: Callable[[], Awaitable[None]], seconds: float) -> None:
+    """Look at a folder again and again; a mistake, as of a disk that is away for a while, is logged once."""
+    said = ""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await scan()
+            said = ""
+        except Exception as error:
+            if repr(error) != said:
+                said = repr(error)
+                _log.error("the folder of soft prompts cannot be looked at", extra={"reason": said})
 
 
 def _stamp(path: Path) -> Stamp:

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptune.errors import PtuneError, did_you_mean
+from ptune.serve.paths import CHATS, CLASSIFY, COMPLETIONS, TAG
 
 _PATHS: dict[str | None, tuple[str, ...]] = {
-    None: ("/v1/chat/completions", "/v1/completions"),
-    "classification": ("/v1/classify",),
-    "linear_classification": ("/v1/classify",),
-    "choice": ("/v1/classify",),
-    "tagging": ("/v1/tag",),
-    "extraction": ("/v1/tag", "/v1/chat/completions", "/v1/completions"),
-    "generation": ("/v1/chat/completions", "/v1/completions"),
+    None: (CHATS, COMPLETIONS),
+    "classification": (CLASSIFY,),
+    "linear_classification": (CLASSIFY,),
+    "choice": (CLASSIFY,),
+    "tagging": (TAG,),
+    "extraction": (TAG, CHATS, COMPLETIONS),
+    "generation": (CHATS, COMPLETIONS),
 }
 """Where soft prompts of each task are asked; None is the bare model."""
 
@@ -89,6 +90,16 @@ def check_path(path: str, task: str | None) -> None:
         what = "the bare model" if task is None else f"a soft prompt of type {task}"
         mend = f"ask {' or '.join(_PATHS[task])}"
         raise RefusedError(400, f"this is {what}, for which {path} has no answer; {mend}", param="model")
+
+
+def check_count(param: str, texts: int, most: int) -> None:
+    """See that a request has no more texts than it may.
+
+    Raises:
+        RefusedError: 400, it has, in the member ``param`` of its body.
+    """
+    if texts > most:
+        raise RefusedError(400, f"{param} has {texts} texts, and a request {most} at most", param=param)
 
 
 def refusal_of(error: RefusedError | PtuneError) -> RefusedError:

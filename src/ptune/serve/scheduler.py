@@ -99,8 +99,9 @@ class Scheduler:
             if answered:
                 self._seconds_a_text, spent = spent / answered, 0.0
             self._versions.sweep()
-            if self._closing and not self._writing and not self._prepared:
-                return
+            with self._condition:  # nothing can arrive once it is closing
+                if self._closing and not self._writing and not self._prepared and not self._arrived:
+                    return
 
     def _newly_arrived(self) -> list[Job]:
         """Wait for work, and then a moment for more of it, unless some waits already."""
@@ -118,20 +119,17 @@ class Scheduler:
             return arrived
 
     def _prepare(self, job: Job) -> None:
-        held = False
         try:
             if not job.called_off:
-                loaded = None if job.served is None else self._versions.hold(job.served)
-                held = loaded is not None
-                job.prepare(self._engine, loaded)
+                job.held = None if job.served is None else self._versions.hold(job.served)
+                job.prepare(self._engine, job.held)
                 self._prepared.append(job)
                 return
         except (RefusedError, PtuneError) as error:
             job.fail(error)
         except Exception as error:
             self._fail([job], error)
-        if held and job.served is not None:
-            self._versions.let_go(job.served)
+        self._let_go(job)
         with self._condition:
             self._count(-job.rows)
 
@@ -216,8 +214,9 @@ class Scheduler:
             self._count(-job.rows)
 
     def _let_go(self, job: Job) -> None:
-        if job.served is not None:
-            self._versions.let_go(job.served)
+        if job.held is not None:
+            self._versions.let_go(job.held)
+            job.held = None
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         # The message may quote a user's text, so the log gets the kind of error and where it happened.

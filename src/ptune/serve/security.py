@@ -13,10 +13,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ptune.errors import ConfigError
+from ptune.serve.paths import ALIVE, DESCRIPTION, READY
 from ptune.serve.refusals import error_body
 
 TOKENS_VARIABLE = "PTUNE_SERVE_TOKENS"
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json"})
+OPEN_PATHS = frozenset({ALIVE, READY, DESCRIPTION})
 """What answers without a token: what a load balancer and a reader of the description need."""
 
 

@@ -8,20 +8,18 @@ import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from starlette.requests import Request
 
 from ptune.engine.engine import Engine
 from ptune.serve.jobs import Job, Piece, Scored, Written
 from ptune.serve.metrics import Metrics
-from ptune.serve.prompts import PromptFolder
+from ptune.serve.prompts import PromptFolder, watch
 from ptune.serve.protocol import Usage
 from ptune.serve.scheduler import Scheduler
 from ptune.serve.settings import ServeSettings
 from ptune.serve.waiting import too_late, while_there
-
-T = TypeVar("T")
 
 Event: TypeAlias = "tuple[int, Piece | Written]"
 """A job's number, and a piece of its text or, at its end, its whole answer."""
@@ -44,19 +42,16 @@ class Service:
     async def running(self) -> AsyncIterator[None]:
         """Answer requests and watch the folder while the block runs; then finish what was taken."""
         self.scheduler.start()
-        watch = asyncio.create_task(self._watch())
+        watching = asyncio.create_task(watch(self._scan, self.settings.watch_seconds))
         try:
             yield
         finally:
-            watch.cancel()
+            watching.cancel()
             await asyncio.to_thread(self.scheduler.close)
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(self.settings.watch_seconds)
-            async with self.changing:
-                with contextlib.suppress(OSError):  # a disk that is away for a while
-                    await asyncio.to_thread(self.folder.scan)
+    async def _scan(self) -> None:
+        async with self.changing:
+            await asyncio.to_thread(self.folder.scan)
 
     async def answers(self, request: Request, jobs: Sequence[Job]) -> list[Any]:
         """Submit jobs and return their answers.

@@ -14,10 +14,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ptune.errors import BackboneError
 from ptune.families import CAUSAL, Kind, kind_of
-from ptune.merging.model_files import names_of, shards_of, source_folder, stored_name
-from ptune.merging.tensor_files import FLOATS, TensorFile
 from ptune.pretrained.fingerprint import fingerprint, same_backbone, sampled_ids
 from ptune.pretrained.loading import check_folder, check_tokenizer, first_position
+from ptune.pretrained.stored_tensors import FLOATS, TensorFile, names_of, shards_of, source_folder, stored_name
 from ptune.prompts.virtual_tokens import input_embedding, input_matrix
 
 _MEND = "merge its soft prompts by ptune merge, and serve the merged model"

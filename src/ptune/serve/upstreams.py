@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from ptune.serve.metrics import GatewayMetrics
+from ptune.serve.paths import MODELS
 from ptune.serve.refusals import RefusedError
 
 _log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class Upstreams:
 
     async def _probe(self, upstream: Upstream) -> None:
         try:
-            answer = await self._client.get(f"{upstream.url}/v1/models", timeout=_PROBE_SECONDS)
+            answer = await self._client.get(f"{upstream.url}{MODELS}", timeout=_PROBE_SECONDS)
             models = answer.raise_for_status().json()["data"]
             hindrance = None
             if self._examine is not None and not upstream.alive:

@@ -112,8 +112,21 @@ class ScoringTask(ReadingTask):
         self, record: Mapping[str, Any], rows: Sequence[Row], read: Tensor, backbone: Backbone
     ) -> dict[str, Any]:
         """Return what `predict` says of a record, from logits ``[S, V]`` or hidden states ``[S, H]``."""
-        scores = self.scores_of(read, [rows]).float().cpu()
-        return self.answer_from(record, self.corrected(scores, backbone)[0])
+        return self.answers_from([record], [self.scores_read(rows, read)], backbone)[0]
+
+    def scores_read(self, rows: Sequence[Row], read: Tensor) -> Tensor:
+        """Return a record's scores ``[C]``, not corrected yet, from logits ``[S, V]`` or hidden states ``[S, H]``."""
+        return self.scores_of(read, [rows]).float().cpu()[0]
+
+    def answers_from(
+        self, records: Sequence[Mapping[str, Any]], scores: Sequence[Tensor], backbone: Backbone
+    ) -> list[dict[str, Any]]:
+        """Return what `predict` says of records, at least one, by the scores of each as `scores_read` gives them.
+
+        They are corrected here, all at once: what that reads of the model it reads once.
+        """
+        corrected = self.corrected(torch.stack(list(scores)), backbone)
+        return [self.answer_from(record, row) for record, row in zip(records, corrected, strict=True)]
 
     def answer_from(self, record: Mapping[str, Any], scores: Tensor) -> dict[str, Any]:
         """Return what `predict` says of a record with these scores, ``[C]``, corrected already."""

@@ -144,8 +144,8 @@ class Learner:
             self.best = {"rows": self.prompted.rows().cpu().clone()} | head_tensors(self.prompted.head)
         progress.history.append({"step": progress.step, **metrics})
         reporter.evaluated(progress.step, metrics, best=progress.best_step == progress.step)
-        for sign in new_signs(progress.history, self.task.right_metric):
-            reporter.warned(sign)
+        for warning in new_signs(progress.history, self.task.right_metric):
+            reporter.warned(warning)
         return metrics
 
     @torch.no_grad()

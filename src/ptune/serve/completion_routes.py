@@ -20,6 +20,7 @@ from ptune.errors import PtuneError
 from ptune.serve.contexts import chat_context, completion_context
 from ptune.serve.jobs import Piece, Writing, Written
 from ptune.serve.logprobs import Spelling
+from ptune.serve.paths import CHATS, COMPLETIONS
 from ptune.serve.protocol import (
     AnswerMessage,
     ChatChoice,
@@ -34,7 +35,7 @@ from ptune.serve.protocol import (
     Sampling,
     Usage,
 )
-from ptune.serve.refusals import RefusedError, refusal_of
+from ptune.serve.refusals import RefusedError, check_count, refusal_of
 from ptune.serve.service import Event, Heard, Service, hand_over
 from ptune.serve.waiting import while_there
 
@@ -42,23 +43,21 @@ Context = Callable[..., list[int]]
 """Makes ids of the loaded soft prompt, or None for the bare model, and of how many tokens the answer may have."""
 
 
-def writing_routes(service: Service) -> APIRouter:
+def completion_routes(service: Service) -> APIRouter:
     """Return the routes of a server."""
     router = APIRouter(tags=["text"])
 
-    @router.post("/v1/completions", response_model=Completion)
+    @router.post(COMPLETIONS, response_model=Completion)
     async def completions(request: Request, body: CompletionRequest) -> Any:
         """Continue a text, or several: by a soft prompt's template, or with the bare model as they stand."""
         texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        most = service.settings.max_items
-        if len(texts) > most:
-            raise RefusedError(400, f"prompt has {len(texts)} texts, and a request {most} at most", param="prompt")
+        check_count("prompt", len(texts), service.settings.max_items)
 
         def context(text: str, loaded: Any, _new_tokens: int) -> list[int]:
             return completion_context(service.engine.backbone, loaded and loaded.task.renderer, text, body.fields)
 
         contexts = [functools.partial(context, text) for text in texts]
-        asked = _Asked(service, request, body, "/v1/completions", body.max_tokens, contexts)
+        asked = _Asked(service, request, body, COMPLETIONS, body.max_tokens, contexts)
         asked.log_input(body.prompt)
         if body.stream:
             return await asked.stream(_CompletionEvents(service.engine.backbone.tokenizer))
@@ -74,7 +73,7 @@ def writing_routes(service: Service) -> APIRouter:
         ]
         return Completion(**asked.head, choices=choices, usage=asked.usage(answers))
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    @router.post(CHATS, response_model=ChatCompletion)
     async def chat_completions(request: Request, body: ChatRequest) -> Any:
         """Answer the last message of a conversation."""
         messages = [(message.role, message.text) for message in body.messages]
@@ -84,7 +83,7 @@ def writing_routes(service: Service) -> APIRouter:
             return chat_context(service.engine.backbone, renderer, messages, body.fields, new_tokens)
 
         max_tokens = body.max_completion_tokens or body.max_tokens
-        asked = _Asked(service, request, body, "/v1/chat/completions", max_tokens, [context])
+        asked = _Asked(service, request, body, CHATS, max_tokens, [context])
         asked.log_input(messages)
         if body.stream:
             return await asked.stream(_ChatEvents(service.engine.backbone.tokenizer))
@@ -158,7 +157,7 @@ class _Asked:
         served, most = service.folder.find(body.model), service.settings.max_tokens
         if max_tokens is not None and max_tokens > most:
             raise RefusedError(400, f"this server writes {most} tokens at most, not {max_tokens}", param="max_tokens")
-        prefix = "chatcmpl" if "chat" in path else "cmpl"
+        prefix = "chatcmpl" if path == CHATS else "cmpl"
         self.head: dict[str, Any] = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         self.head["model"] = body.model
         self._queue: asyncio.Queue[Heard] = asyncio.Queue()

@@ -1,28 +1,31 @@
-"""A safetensors file written anew with some of its tensors replaced or added, all others copied byte for byte.
+"""The tensors of a model as its files store them: where they are, read, and a file written anew with some replaced.
 
-The bytes stream from file to file, so a shard of any size takes little memory and formats that torch lacks pass.
-Knows the format (eight bytes of length, a JSON header, data) and nothing of what tensors mean.
+Of a safetensors file that is written anew all other tensors are copied byte for byte. The bytes stream from file to
+file, so a shard of any size takes little memory and formats that torch lacks pass. Knows the format (eight bytes of
+length, a JSON header, data) and nothing of what tensors mean.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptune.errors import BackboneError
-from ptune.files import one_line
+from ptune.files import one_line, read_json
+from ptune.pretrained.loading import MINI
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOATS = {name: dtype for dtype, name in _NAMES.items()}
-"""What a matrix that is extended may be stored as; all else is quantised."""
+"""What a matrix that is not quantised may be stored as."""
+_SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ALIGNMENT = 8
 _BLOCK = 1 << 24
 
@@ -113,6 +116,60 @@ class TensorFile:
     def _size(self, name: str) -> int:
         first, last = self.entries[name]["data_offsets"]
         return int(last - first)
+
+
+def source_folder(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a backbone that the user called ``name``; one of the Hub as its cache has that revision.
+
+    Raises:
+        BackboneError: it is not stored as safetensors.
+    """
+    folder = MINI if name == "mini" else Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*"]
+        try:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BackboneError(f'cannot find the files of "{name}": {reason}; give its folder by --model') from error
+    if not ((folder / _SINGLE).is_file() or (folder / INDEX).is_file()):
+        raise BackboneError(
+            f'"{name}" is not stored as safetensors, of which single tensors are read: it has neither {_SINGLE} nor '
+            f"{INDEX}; load it in transformers and save_pretrained it to a folder"
+        )
+    return folder
+
+
+def shards_of(folder: Path) -> dict[str, str]:
+    """Return in which file of a model's folder each tensor is stored, by the tensor's name.
+
+    Raises:
+        BackboneError: its index is none, or a file is damaged.
+    """
+    if not (folder / INDEX).is_file():
+        return dict.fromkeys(TensorFile.open(folder / _SINGLE).entries, _SINGLE)
+    index = read_json(folder / INDEX, BackboneError)
+    shards: dict[str, str] = index.get("weight_map", {}) if isinstance(index, dict) else {}
+    strange = [shard for shard in shards.values() if Path(shard).name != shard]
+    if strange or not shards:
+        raise BackboneError(f'"{folder / INDEX}" names no files beside it; copy the model again')
+    return shards
+
+
+def names_of(model: nn.Module, parameter: Tensor) -> list[str]:
+    """Return what a parameter of any shape is called in a model: more than one name where it is shared."""
+    return [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+
+
+def stored_name(shards: dict[str, str], names: Iterable[str], prefix: str) -> str | None:
+    """Return under which of a model's names a tensor is stored: a file of the bare model lacks the prefix."""
+    for name in names:
+        for stored in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            if stored in shards:
+                return stored
+    return None
 
 
 def _bits(dtype: str) -> int:

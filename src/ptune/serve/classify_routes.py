@@ -8,8 +8,9 @@ from fastapi import APIRouter, Request
 
 from ptune.engine.engine import LoadedPrompt
 from ptune.generation.generate import Generated
-from ptune.serve.contexts import check_field, context_of, record_of
+from ptune.serve.contexts import check_named, context_of, record_of
 from ptune.serve.jobs import Scored, Scoring, Writing, Written
+from ptune.serve.paths import CLASSIFY, MODELS, TAG
 from ptune.serve.prompts import Served
 from ptune.serve.protocol import Model, ModelList
 from ptune.serve.reading_protocol import (
@@ -22,28 +23,26 @@ from ptune.serve.reading_protocol import (
     TagRequest,
     Tags,
 )
-from ptune.serve.refusals import RefusedError
+from ptune.serve.refusals import RefusedError, check_count
 from ptune.serve.service import Service
 from ptune.tasks import Extraction
-
-CLASSIFY, TAG = "/v1/classify", "/v1/tag"
 
 Item = str | list[str] | dict[str, Any]
 """What is asked about: a text, a list of words, or a record."""
 
 
-def reading_routes(service: Service) -> APIRouter:
+def classify_routes(service: Service) -> APIRouter:
     """Return the routes of a server."""
     router = APIRouter(tags=["models"])
     bare = Model(id=service.folder.bare, created=service.started, task=None)
 
-    @router.get("/v1/models", response_model=ModelList)
+    @router.get(MODELS, response_model=ModelList)
     async def models() -> Any:
         """List the bare backbone and every soft prompt."""
         prompts = [_model(served) for _, served in sorted(service.folder.served.items())]
         return ModelList(data=[bare, *prompts])
 
-    @router.get("/v1/models/{model:path}", response_model=Model)
+    @router.get(f"{MODELS}/{{model:path}}", response_model=Model)
     async def model(model: str) -> Any:
         """Tell of one of them."""
         served = service.folder.find(model)
@@ -114,9 +113,7 @@ def _items(service: Service, request: Request, body: ClassifyRequest | TagReques
         RefusedError: 400, it is more than a request may.
     """
     items: list[Item] = [body.input] if isinstance(body.input, str) else list(body.input)
-    most = service.settings.max_items
-    if len(items) > most:
-        raise RefusedError(400, f"input has {len(items)} texts, and a request {most} at most", param="input")
+    check_count("input", len(items), service.settings.max_items)
     if service.settings.log_text:
         request.state.note["input"] = body.input
     return items
@@ -139,7 +136,7 @@ def _record(loaded: LoadedPrompt, item: Item) -> dict[str, Any]:
         besides = {words, text, *getattr(config, "choices", ())}
         for name in item:
             if name not in besides:
-                check_field(renderer, name)
+                check_named(renderer.template.fields, name)
         return item
     if words in renderer.template.fields:
         return {words: item}

@@ -9,26 +9,27 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from ptune.serve.metrics import CONTENT_TYPE, RequestMetrics
+from ptune.serve.paths import ALIVE, METRICS, READY
 from ptune.serve.protocol import Health
 
 
-def operation_routes(ready: Callable[[], bool], metrics: RequestMetrics) -> APIRouter:
+def health_routes(ready: Callable[[], bool], metrics: RequestMetrics) -> APIRouter:
     """Return the routes of a server that tells whether it is ready, and of what it counts."""
     router = APIRouter(tags=["operation"])
 
-    @router.get("/healthz", response_model=Health)
+    @router.get(ALIVE, response_model=Health)
     async def healthz() -> Any:
         """Tell that the process answers."""
         return Health(status="ok")
 
-    @router.get("/readyz", response_model=Health, responses={503: {"model": Health}})
+    @router.get(READY, response_model=Health, responses={503: {"model": Health}})
     async def readyz() -> Any:
         """Tell whether requests will be answered."""
         if ready():
             return Health(status="ready")
         return JSONResponse(Health(status="not ready").model_dump(), 503)
 
-    @router.get("/metrics", response_class=PlainTextResponse)
+    @router.get(METRICS, response_class=PlainTextResponse)
     async def counted() -> Response:
         """Show what was counted, for Prometheus."""
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
