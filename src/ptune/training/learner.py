@@ -135,8 +135,8 @@ class Learner:
             self.best = {"rows": self.prompted.rows().cpu().clone()} | head_tensors(self.prompted.head)
         progress.history.append({"step": progress.step, **metrics})
         reporter.evaluated(progress.step, metrics, best=progress.best_step == progress.step)
-        for sign in new_signs(progress.history, self.task.right_metric):
-            reporter.warned(sign)
+        for sentence in new_signs(progress.history, self.task.right_metric):
+            reporter.warned(sentence)
         return metrics
 
     @torch.no_grad()
