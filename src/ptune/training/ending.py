@@ -1,4 +1,4 @@
-"""What is told once a soft prompt is saved: its answers beside the bare model's, and what looks wrong. Knows no loops."""
+"""What is told once a soft prompt is saved: its answers beside the bare model's, what looks wrong. Knows no loops."""
 
 from __future__ import annotations
 
