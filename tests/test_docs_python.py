@@ -26,7 +26,7 @@ from ptune.cli import app
 REPLACED = {"bigscience/bloom-560m": str(ptune.MINI)}
 """Models of pages that tests do not download -> the model in their place."""
 COMPILED = {ROOT / "docs" / "serving.md"}
-RUN = {*READMES, *(ROOT / "docs" / f"{name}.md" for name in ("drop_in", "heads", "search"))}
+RUN = {*READMES, *(ROOT / "docs" / f"{name}.md" for name in ("drop_in", "evaluation", "heads", "search"))}
 
 
 def replaced(text: str) -> str:
@@ -125,6 +125,14 @@ def test_the_page_of_searching_searches(place: Path) -> None:
     prompt = run(page, fenced(page, "python"), {})["prompt"]
     assert prompt.summary["steps"] == 3
     assert (place / "prompts" / "sst2" / "run" / "search.json").is_file()
+
+
+def test_the_page_of_evaluation_tells_wet_from_dry() -> None:
+    page = ROOT / "docs" / "evaluation.md"
+    values = run(page, fenced(page, "python"), {})
+    assert -20 < values["dry"] < 0
+    assert -20 < values["wet"] < 0
+    assert values["wet"] != values["dry"]
 
 
 def test_the_page_of_heads_tags(place: Path) -> None:

@@ -15,7 +15,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune import Engine, SoftPrompt
 from ptune.config.task import ChoiceConfig, ClassificationConfig, GenerationConfig
-from ptune.errors import DataError, SoftPromptError
+from ptune.errors import BackboneError, DataError, SoftPromptError
 from ptune.generation.generate import GenerationOptions
 from ptune.models.backbone import Backbone
 
@@ -153,6 +153,49 @@ def test_the_bare_model_is_always_one_of_the_choices(backbone: Backbone) -> None
         tuned = engine.generate("chat", text, on_text=pieces.append)
         assert "".join(pieces) == tuned.text
         assert tuned.ids != answer.ids
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "t5", "bart"])
+def test_answers_have_the_log_probabilities_that_the_model_gives_their_tokens(family: str) -> None:
+    backbone = Backbone(tiny_model(family), tiny_tokenizer(), "tiny")
+    records = [{"instruction": "Which soup?"}, {"instruction": "Why", "input": "a wrong waiter"}, "Say it"]
+    answers = [" good soup", " bad", " the room was quiet"]
+    with Engine(backbone) as engine:
+        engine.add("chat", chat(backbone))
+        found = engine.log_probabilities("chat", records, answers, end=True)
+        with engine._prompts.using("chat") as (loaded,):
+            renderer = loaded.task.renderer
+            for record, answer, one in zip(records, answers, found, strict=True):
+                fields = engine.first_field("chat", record) if isinstance(record, str) else record
+                row = renderer.row(fields, answer)
+                assert row is not None
+                ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
+                backbone.plan = "reference"
+                assert one == pytest.approx(-float(backbone(ids, torch.ones_like(ids), labels=labels)), abs=1e-3)
+                backbone.plan = "auto"
+        if family == "llama":
+            texts = ["a great", "soup and"]
+            bare = engine.log_probabilities(None, texts, [" soup", " film"])
+            (said,) = (engine.generate(None, texts[0], GenerationOptions(max_new_tokens=1, logprobs=True)),)
+            assert said.logprobs is not None
+            assert bare[0] <= said.logprobs[0].logprob + 1e-4  # greedy says the likeliest
+            assert engine.log_probabilities(None, texts[::-1], [" film", " soup"]) == pytest.approx(
+                bare[::-1], abs=1e-4
+            )
+
+
+def test_answers_without_probability_are_refused(backbone: Backbone) -> None:
+    with Engine(backbone) as engine:
+        engine.add("chat", chat(backbone))
+        with pytest.raises(DataError, match="there are 1 answers for 2 records"):
+            engine.log_probabilities("chat", ["a", "b"], [" good"])
+        with pytest.raises(DataError, match="an answer is of no token"):
+            engine.log_probabilities(None, ["a"], [""])
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<unk>"})
+    masked = Backbone(tiny_model("bert"), tokenizer, "tiny")
+    with Engine(masked) as engine, pytest.raises(BackboneError, match="no probability from left to right"):
+        engine.log_probabilities(None, ["a"], [" good"])
 
 
 def test_a_saved_prompt_is_loaded_by_its_folders_name(backbone: Backbone, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ptune.models.backbone import Backbone
 from ptune.records.data import data_hash
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
+from ptune.tasks import Assessment
 from ptune.training.reporting import SearchReporter
 from ptune.training.search import search
 from ptune.training.signs import new_signs, no_gain
@@ -185,6 +186,19 @@ def test_a_run_that_changes_no_answer_says_so(tmp_path: Path) -> None:
     config = settings(tmp_path / "prompt", LABELS, learning_rate=1e-9, max_steps=2)
     train(config, backbone=_deaf_model(1e-4), records=RECORDS, reporter=heard)
     assert heard.heard("the prompt changes no answer: train longer, or at another learning rate") == 1
+
+
+def test_a_comparison_that_cannot_be_stored_does_not_undo_a_run(tmp_path: Path) -> None:
+    class Occupying(Warned):
+        def assessed(self, assessment: Assessment, sentence: str) -> None:
+            (tmp_path / "prompt" / "run" / "comparison.json").mkdir()  # no file takes the place of a folder
+
+    heard = Occupying()
+    prompt = train(
+        settings(tmp_path / "prompt", LABELS), backbone=backbone_of("llama"), records=RECORDS, reporter=heard
+    )
+    assert torch.equal(SoftPrompt.load(tmp_path / "prompt").rows, prompt.rows)
+    assert heard.heard("the soft prompt is saved, but not its comparison with the bare model: cannot write") == 1
 
 
 def test_a_soft_prompt_tells_of_its_run(tmp_path: Path) -> None:

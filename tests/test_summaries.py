@@ -72,7 +72,7 @@ def test_summarising_runs_through(books: Path, tmp_path: Path) -> None:
     scores = tmp_path / "scores.json"
     run("-m", "ptune", "eval", tmp_path / "prompt", "--data", tmp_path / "data", "--limit", 4, "--json", scores)
     metrics = json.loads(scores.read_text(encoding="utf-8"))["metrics"]
-    assert {"loss", "perplexity", "rouge_1", "rouge_2", "rouge_l"} == set(metrics)
+    assert {"loss", "perplexity", "rouge_1", "rouge_2", "rouge_l", "exact_match", "prediction_share"} == set(metrics)
     said = run("-m", "ptune", "predict", tmp_path / "prompt", tmp_path / "data", "--limit", 1).stdout
     assert {"document", "summary", "text", "finished"} == set(json.loads(said))
 

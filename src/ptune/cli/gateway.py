@@ -73,7 +73,8 @@ def serve_gateway(
     log = json_log(__name__)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(host, port))
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while vLLM loads: it is not left behind
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while vLLM loads: it is not left behind
+        stack.callback(signal.signal, signal.SIGTERM, before)
         started = []
         if vllm is not None:
             assert folder is not None

@@ -16,6 +16,7 @@ from typing import Any
 
 from ptune.config.run import ModelConfig
 from ptune.config.settings import bytes_of
+from ptune.engine.asking import answer_ids, context_ids
 from ptune.engine.loaded_prompts import LoadedPrompt as LoadedPrompt
 from ptune.engine.loaded_prompts import LoadedPrompts
 from ptune.engine.mixed_batches import answer_together
@@ -30,6 +31,7 @@ from ptune.rendering.filling import record_of_text
 from ptune.soft_prompts.library import Library
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Assessment, Tagging
+from ptune.tasks.log_probabilities import log_probabilities
 from ptune.template import Template
 
 
@@ -259,7 +261,7 @@ class Engine:
             BackboneError: the context leaves no room for an answer.
         """
         with self._prompts.using(*([] if name is None else [name])) as held:
-            context, options = self._context(name, held, record, options)
+            context, options = context_ids(self.backbone, held[0] if held else None, record, options)
             return self.write(context, options, on_text=on_text)
 
     def write(
@@ -282,6 +284,40 @@ class Engine:
         listener = (lambda _index, text: on_text(text)) if on_text else None
         with self._tokens.lock:
             return generate(self.backbone, [context], options, on_text=listener)[0]
+
+    def log_probabilities(
+        self,
+        name: str | None,
+        records: Sequence[Mapping[str, Any] | str],
+        answers: Sequence[str],
+        *,
+        end: bool = False,
+        batch_size: int = 32,
+    ) -> list[float]:
+        """Return how likely each answer is behind its record: natural logarithms, summed over its tokens.
+
+        Args:
+            name: of a loaded soft prompt, or None for the bare model.
+            records: as `generate` takes them.
+            answers: one for each; blanks are kept, so most begin with one.
+            end: count the token that ends an answer, too.
+            batch_size: rows read at once.
+
+        Raises:
+            SoftPromptError: no soft prompt of that name is loaded.
+            DataError: there are more or fewer answers than records, or one is of no token.
+            BackboneError: the backbone is a masked model.
+        """
+        if len(records) != len(answers):
+            raise DataError(f"there are {len(answers)} answers for {len(records)} records; give one for each")
+        with self._prompts.using(*([] if name is None else [name])) as held:
+            loaded = held[0] if held else None
+            ids = [answer_ids(self.backbone, loaded, answer, end=end) for answer in answers]
+            contexts = [
+                context_ids(self.backbone, loaded, record, GenerationOptions(max_new_tokens=len(answer)))[0]
+                for record, answer in zip(records, ids, strict=True)
+            ]
+            return log_probabilities(self.backbone, contexts, ids, batch_size=batch_size)
 
     async def apredict(
         self, name: str | Sequence[str], records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
@@ -307,7 +343,7 @@ class Engine:
 
         def begin() -> tuple[list[int], GenerationOptions]:
             with self._prompts.using(*([] if name is None else [name])) as loaded:
-                begun = self._context(name, loaded, record, options)
+                begun = context_ids(self.backbone, loaded[0] if loaded else None, record, options)
                 held.extend(self.hold(one.name) for one in loaded)  # until the text has ended
                 return begun
 
@@ -316,24 +352,6 @@ class Engine:
                 self.let_go(loaded)
 
         return await self._writing.write(begin, end, tell)
-
-    def _context(
-        self,
-        name: str | None,
-        held: Sequence[LoadedPrompt],
-        record: Mapping[str, Any] | str,
-        options: GenerationOptions | None,
-    ) -> tuple[list[int], GenerationOptions]:
-        """Return the ids to continue, and how."""
-        if name is None:
-            if not isinstance(record, str):
-                raise DataError("the bare model continues a text and knows no template; give it the text itself")
-            return list(self.backbone.tokenizer(record)["input_ids"]), options or GenerationOptions()
-        (loaded,) = held
-        if isinstance(record, str):
-            record = self.first_field(name, record)
-        options = options or GenerationOptions(max_new_tokens=getattr(loaded.prompt.task, "max_new_tokens", 128))
-        return loaded.task.renderer.question(record, options.max_new_tokens), options
 
     def first_field(self, name: str, text: str, others: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the record in which a text stands for the template's first field, that of a system message apart.

@@ -34,15 +34,14 @@ from ptune.tasks import Asked
 from ptune.tasks.side_by_side import answer_side_by_side, one_forward_each
 from ptune.training.assembly import assemble, read_records
 from ptune.training.checkpoint import random_state, save_checkpoint, set_random_state
-from ptune.training.comparison import compare_with_bare_model
 from ptune.training.contender import Contender
 from ptune.training.dev_assessment import assess_dev
+from ptune.training.ending import tell_the_end
 from ptune.training.kept_contexts import keep_contexts
 from ptune.training.learner import Learner
 from ptune.training.rehearsal import rehearse
 from ptune.training.reporting import SearchReporter
 from ptune.training.run_folder import CANDIDATES, SETTINGS, RunFolder
-from ptune.training.signs import no_gain
 from ptune.training.stopping import Stopped, stop_signal
 
 
@@ -172,14 +171,7 @@ class _Search:
             self.folder.assessed(assessed[0].values())
             self.reporter.assessed(*assessed)
         prompt.save(self.folder.path)  # last: where it stands, everything does
-        comparison = compare_with_bare_model(best.learner.parts)
-        if comparison is not None:
-            self.folder.compared(comparison.values())
-        progress = best.learner.progress
-        self.reporter.finished(prompt, progress, comparison)
-        for sign in (no_gain(progress.best_step, progress.step), comparison and comparison.warning):
-            if sign:
-                self.reporter.warned(sign)
+        tell_the_end(best.learner.parts, prompt, best.learner.progress, self.folder, self.reporter)
         self.reporter.ranked(self.table(best))
         return prompt
 

@@ -29,14 +29,13 @@ from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks import Example
 from ptune.training.assembly import Parts, assemble, read_records
 from ptune.training.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from ptune.training.comparison import compare_with_bare_model
 from ptune.training.dev_assessment import assess_dev
+from ptune.training.ending import tell_the_end
 from ptune.training.kept_contexts import keep_contexts
 from ptune.training.learner import Learner
 from ptune.training.rehearsal import rehearse
 from ptune.training.reporting import Reporter
 from ptune.training.run_folder import RunFolder
-from ptune.training.signs import no_gain
 from ptune.training.stopping import Stopped, stop_signal
 
 
@@ -252,13 +251,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.settings.trackers:
             self.accelerator.end_training()
-        comparison = compare_with_bare_model(self.parts)
-        if comparison is not None:
-            self.folder.compared(comparison.values())
-        self.reporter.finished(prompt, self.progress, comparison)
-        for sign in (no_gain(self.progress.best_step, self.progress.step), comparison and comparison.warning):
-            if sign:
-                self.reporter.warned(sign)
+        tell_the_end(self.parts, prompt, self.progress, self.folder, self.reporter)
         return prompt
 
 
