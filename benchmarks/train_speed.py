@@ -1,7 +1,8 @@
 """Speed of training: ptune's plans against PEFT's P-tuning, the same encoder, the same rows, the same gradients.
 
-    python benchmarks/train_speed.py [--job classify|instruction] [--family qwen|bloom] [--size small|half-billion]
-                                     [--rounds 7] [--json FILE]
+    python benchmarks/train_speed.py [--job classify|instruction] [--family qwen|bloom]
+                                     [--size small|half-billion|bloom-1b4] [--rounds 7] [--json FILE]
+    python benchmarks/train_speed.py --device cuda --family bloom --size bloom-1b4      on a GPU, all in bfloat16
 
 A row is one optimizer step: forward and backward of all its rows, without the optimizer itself, which costs both the
 same. PEFT runs as its tutorials have it, float32, in a bare loop without Trainer's own overhead. Weights are random:
@@ -9,7 +10,8 @@ only time is measured. "behind" is a template whose virtual tokens stand behind 
 only.
 
 Rates of the machine's own matrix products at the model's shapes are measured in the same run, and the products of each
-step are counted: "of products" is the share of that rate at which a step's own products come.
+step are counted: "of products" is the share of that rate at which a step's own products come. Tokens a second are the
+rows' own, virtual ones and pads left out.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -62,7 +65,7 @@ class Shape:
     shared_heads: int | None = None
     between: int | None = None
 
-    def model(self, family: str, dtype: torch.dtype) -> PreTrainedModel:
+    def model(self, family: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
         """Return a random model, the same for the same shape."""
         if family == "bloom":
             config = BloomConfig(
@@ -79,7 +82,7 @@ class Shape:
                 tie_word_embeddings=True,
             )
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        return AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
 
 
 SMALL = Shape(512, 8, 8)
@@ -87,6 +90,8 @@ SHAPES = {
     "small": {"qwen": SMALL, "bloom": SMALL},
     # Qwen2.5-0.5B and bloom-560m
     "half-billion": {"qwen": Shape(896, 24, 14, 151936, 2, 4864), "bloom": Shape(1024, 24, 16, 250880)},
+    # Qwen2.5-1.5B and the BLOOM of 1.4 billion parameters that the tutorial trains
+    "bloom-1b4": {"qwen": Shape(1536, 28, 12, 151936, 2, 8960), "bloom": Shape(2048, 24, 16, 46145)},
 }
 """By size and family."""
 
@@ -122,16 +127,16 @@ class Peft:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.model = get_peft_model(model, config)
+            self.model = get_peft_model(model, config).to(model.device)
+        self.device = model.device
         self.at_once = at_once
 
     def step(self, rows: list[tuple[list[int], int]], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Run forward and backward of all rows, ``at_once`` in a batch, and the optimizer where there is one."""
         for start in range(0, len(rows), self.at_once):
             batch = collate([row(ids, answered) for ids, answered in rows[start : start + self.at_once]], 0)
-            loss = self.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
-            ).loss
+            ids, mask, labels = (part.to(self.device) for part in (batch.input_ids, batch.attention_mask, batch.labels))
+            loss = self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
             (loss / len(rows) * self.at_once).backward()
         if optimizer is not None:
             optimizer.step()
@@ -169,15 +174,23 @@ def row(ids: list[int], answered: int) -> Row:
     return Row(tuple(ids), (*[IGNORED] * (len(ids) - answered), *ids[-answered:]))
 
 
-def product_rate(dtype: torch.dtype, tokens: int, hidden: int) -> float:
+def product_rate(dtype: torch.dtype, tokens: int, hidden: int, device: str = "cpu") -> float:
     """Return the machine's rate of ``[tokens, H] x [H, 4 H]`` products in GFLOP/s, the best of several."""
-    left, right = torch.randn(tokens, hidden, dtype=dtype), torch.randn(hidden, 4 * hidden, dtype=dtype)
+    left = torch.randn(tokens, hidden, dtype=dtype, device=device)
+    right = torch.randn(hidden, 4 * hidden, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(20):
         begun = time.perf_counter()
-        left @ right
+        finished(lambda: left @ right, device)
         best = min(best, time.perf_counter() - begun)
     return 2 * tokens * hidden * 4 * hidden / best / 1e9
+
+
+def finished(work: Callable[[], object], device: str) -> None:
+    """Do some work, and wait until a GPU has done it."""
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def products_of(step: Callable[[], None]) -> int:
@@ -188,34 +201,35 @@ def products_of(step: Callable[[], None]) -> int:
 
 
 def cases_of(
-    job: str, family: str, virtual_tokens: int, rows: list[tuple[list[int], int]], shape: Shape
+    job: str, family: str, virtual_tokens: int, rows: list[tuple[list[int], int]], shape: Shape, device: str
 ) -> dict[str, Callable[[], None]]:
-    """Return what is timed, by name; the first is the peer."""
-    theirs = Peft(shape.model(family, torch.float32), virtual_tokens, at_once=16 if job == "classify" else 1)
-    models = [shape.model(family, dtype) for dtype in (torch.float32, torch.bfloat16)]  # not PEFT's: no hook slows it
-    full, half = (Ours(model, virtual_tokens) for model in models)
-    kept, kept_half = (Ours(model, virtual_tokens) for model in models)
-    for ours in (kept, kept_half):
-        ours.keep(rows)
-    return {
-        "PEFT, float32": lambda: theirs.step(rows),
-        "in front, float32": lambda: full.step(rows),
-        "in front, bfloat16": lambda: half.step(rows),
-        "behind, first epoch, float32": lambda: full.step(rows, behind=True),
-        "behind, later epochs, float32": lambda: kept.step(rows, behind=True),
-        "behind, later epochs, bfloat16": lambda: kept_half.step(rows, behind=True),
-    }
+    """Return what is timed, by name; the first is the peer. On a GPU everything is in bfloat16."""
+    dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)
+    theirs = Peft(shape.model(family, dtypes[0], device), virtual_tokens, at_once=16 if job == "classify" else 1)
+    cases: dict[str, Callable[[], None]] = {f"PEFT, {str(dtypes[0])[6:]}": lambda: theirs.step(rows)}
+    for dtype in dtypes:
+        model, name = shape.model(family, dtype, device), str(dtype)[6:]  # not PEFT's: no hook slows it
+        ours, kept = Ours(model, virtual_tokens), Ours(model, virtual_tokens)
+        kept.keep(rows)
+        cases[f"in front, {name}"] = partial(ours.step, rows)
+        if dtype is dtypes[0]:
+            cases[f"behind, first epoch, {name}"] = partial(ours.step, rows, behind=True)
+        cases[f"behind, later epochs, {name}"] = partial(kept.step, rows, behind=True)
+    return {name: partial(finished, case, device) for name, case in cases.items()}
 
 
-def measure(job: str, family: str, virtual_tokens: int, rounds: int, size: str = "small") -> dict[str, object]:
+def measure(
+    job: str, family: str, virtual_tokens: int, rounds: int, size: str = "small", device: str = "cpu"
+) -> dict[str, object]:
     """Return one table of the benchmark."""
     rows = rows_of(job, torch.Generator().manual_seed(1))
     tokens = sum(len(ids) for ids, _ in rows)
     shape = SHAPES[size][family]
-    cases = cases_of(job, family, virtual_tokens, rows, shape)
+    cases = cases_of(job, family, virtual_tokens, rows, shape, device)
     seconds = interleaved(cases, rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rates = {str(dtype)[6:]: product_rate(dtype, tokens, shape.hidden) for dtype in (torch.float32, torch.bfloat16)}
+    dtypes = {name.rpartition(" ")[2] for name in cases}
+    rates = {name: product_rate(getattr(torch, name), tokens, shape.hidden, device) for name in sorted(dtypes)[::-1]}
     counts = {name: products_of(case) for name, case in cases.items()}
     peer = next(iter(cases))
     return {
@@ -242,13 +256,16 @@ def markdown(tables: list[dict[str, object]]) -> str:
             f"**{table['job']}**, {table['family']}-shaped, {table['size']}, {table['virtual_tokens']} virtual tokens, "
             f"{table['rows']} rows of {table['text_tokens']} text tokens together; matrix products here: {rates}",
             "",
-            "| virtual tokens | seconds a step | times PEFT | over the rounds | of products |",
-            "| --- | ---: | ---: | ---: | ---: |",
+            "| virtual tokens | seconds a step | tokens a second | times PEFT | over the rounds | of products |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
         ]
         for name, seconds in table["seconds"].items():
             median, least, greatest = table["ratio"][name]
             share = table["of_products"][name]
-            lines.append(f"| {name} | {seconds:.3f} | {median:.1f} | {least:.1f} to {greatest:.1f} | {share:.0%} |")
+            rate = table["text_tokens"] / seconds
+            lines.append(
+                f"| {name} | {seconds:.3f} | {rate:,.0f} | {median:.1f} | {least:.1f} to {greatest:.1f} | {share:.0%} |"
+            )
     return "\n".join(lines[1:])
 
 
@@ -258,8 +275,12 @@ def main() -> None:
     parser.add_argument("--job", choices=["classify", "instruction"], action="append")
     parser.add_argument("--family", choices=["qwen", "bloom"], action="append")
     parser.add_argument(
-        "--size", choices=SHAPES, default="small", help="half-billion takes 12 GB of memory, and minutes"
+        "--size",
+        choices=SHAPES,
+        default="small",
+        help="half-billion takes 12 GB of memory, and minutes; bloom-1b4 is for GPUs",
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -267,7 +288,7 @@ def main() -> None:
     for job in arguments.job or ["classify", "instruction"]:
         for family in arguments.family or ["qwen", "bloom"]:
             for virtual_tokens in (10, 100) if job == "classify" else (10,):
-                tables.append(measure(job, family, virtual_tokens, arguments.rounds, arguments.size))
+                tables.append(measure(job, family, virtual_tokens, arguments.rounds, arguments.size, arguments.device))
                 print(markdown(tables[-1:]), flush=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {versions}")
