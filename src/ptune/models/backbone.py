@@ -208,7 +208,7 @@ class Backbone:
             run = functools.partial(self.forward_pass.run, wanted=wanted)
             self.plans.note("reference", _DEEP)
             return logits_behind(deep, run, input_ids, attention_mask, positions, self.dtype)
-        hindrance = self._hindrance(input_ids, positions)
+        hindrance = "logits of all positions are wanted" if positions is None else self.hindrance(input_ids.shape[1])
         if positions is not None and hindrance is None:
             return self.plans.outputs(input_ids, attention_mask, positions, wanted)
         self.plans.note("reference", str(hindrance))
@@ -221,12 +221,9 @@ class Backbone:
     def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Choice:
         """Return how a forward pass would be carried out; the arguments are those of `outputs`."""
         deep = deep_prompts_of(self.model).opening(input_ids.to(self.device)) is not None
-        if (hindrance := _DEEP if deep else self._hindrance(input_ids, positions)) is not None:
+        if (hindrance := _DEEP if deep else self.hindrance(input_ids.shape[1])) is not None:
             return Choice("reference", hindrance, input_ids.numel())
         return self.plans.choose(input_ids, attention_mask, positions)
-
-    def _hindrance(self, input_ids: Tensor, positions: Tensor | None) -> str | None:
-        return "logits of all positions are wanted" if positions is None else self.hindrance(input_ids.shape[1])
 
     def keep_contexts(self, rows: Iterable[Sequence[int]], kept: ContextCache) -> None:
         """Run what stands before the first virtual token of rows once, where a plan will read it again and again.
