@@ -18,6 +18,7 @@ from ptune.families import ENCODER_DECODER, MASKED, Kind
 from ptune.plans.deep_passes import mask_from_both_sides
 from ptune.plans.packed_attention import Packing, packed_attention
 from ptune.pretrained.encoder_decoder import decoder_start, split_rows
+from ptune.pretrained.last_layer import LastLayer
 from ptune.pretrained.loading import first_position
 from ptune.pretrained.output_head import OutputHead, Wanted
 
@@ -35,6 +36,7 @@ class ForwardPass:
     def __init__(self, model: PreTrainedModel, kind: Kind, head: OutputHead) -> None:
         self.model, self.kind, self.head = model, kind, head
         self.first_position = first_position(model)
+        self._last_layer = LastLayer(model)
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
@@ -90,6 +92,6 @@ class ForwardPass:
         if past is not None and self.kind is MASKED:
             arguments["attention_mask"] = mask_from_both_sides(attention_mask, input_ids.shape[1], self.model.dtype)
         attention = nullcontext() if packing is None else packed_attention(self.model.config)
-        with attention, self.head.at(positions, wanted) as taken:
+        with attention, self._last_layer.at(positions), self.head.at(positions, wanted) as taken:
             output = self.model(**arguments, past_key_values=past, use_cache=keep)
         return output.logits if wanted == "logits" else taken[0], output.past_key_values if keep else None

@@ -33,6 +33,7 @@ from ptune.plans.kept_prefixes import KeptPrefixes, opening_lengths
 from ptune.plans.openings import Group, context_lengths, contexts_in, length_groups, padding_share, prefix_groups
 from ptune.plans.packed_passes import packed_behind, packed_rows, reads_packed_rows
 from ptune.plans.passes import Choice, PlanName, Run
+from ptune.plans.unread import without_unread
 from ptune.pretrained.output_head import Wanted
 from ptune.pretrained.sharding import held_to
 from ptune.prompts.keys_and_values import new_cache, padded, read_cache
@@ -101,6 +102,7 @@ class Plans:
             wanted: hidden states ``[N, H]`` in place of logits, where it says so.
         """
         run = functools.partial(self._run, wanted=wanted)
+        input_ids, attention_mask, positions = without_unread(input_ids, attention_mask, positions)
         in_front = bool(attention_mask[:, 0].all())  # pads stand on the right, or the rows' first places would be pads
         if in_front and not torch.is_grad_enabled() and not bool((positions & ~attention_mask.bool()).any()):
             opening = opening_lengths(input_ids, attention_mask, positions, self._vocabulary_size)
@@ -120,6 +122,7 @@ class Plans:
 
     def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Choice:
         """Return the cheapest plan for a batch; the arguments are those of `outputs`."""
+        input_ids, attention_mask, positions = without_unread(input_ids, attention_mask, positions)
         rows, length = input_ids.shape
         # pads that are asked for have no numbers in some plans
         real = not bool((positions & ~attention_mask.bool()).any())
