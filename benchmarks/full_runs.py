@@ -32,7 +32,7 @@ from ptune.engine.engine import Engine
 from ptune.models.backbone import Backbone
 from ptune.records.data import draw, load_records
 from ptune.records.record import Record
-from ptune.tasks import completed, task_for
+from ptune.tasks.registry import completed, task_for
 from ptune.template import Template
 from ptune.training.assembly import read_records
 from ptune.training.train import train

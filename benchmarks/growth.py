@@ -39,8 +39,8 @@ from transformers import PreTrainedModel
 from ptune.models.backbone import Backbone
 from ptune.plans.context_cache import ContextCache
 from ptune.rendering.batch import collate
-from ptune.tasks import Asked
 from ptune.tasks.side_by_side import answer_side_by_side, one_forward_each
+from ptune.tasks.task import Asked
 
 OUTPUT, PICTURE = Path("benchmarks/results/growth.json"), Path("docs/growth.svg")
 Rows = list[tuple[list[int], int]]

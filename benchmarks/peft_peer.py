@@ -23,7 +23,7 @@ from torch import Tensor
 from ptune.config.run import TrainingConfig
 from ptune.models.backbone import Backbone
 from ptune.rendering.batch import Batch, Row, collate
-from ptune.tasks import Classification
+from ptune.tasks.classification import Classification
 from ptune.training.step_plan import StepPlan
 
 

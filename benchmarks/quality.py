@@ -37,7 +37,7 @@ from ptune.models.backbone import Backbone
 from ptune.records.data import draw_shots
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import task_for
+from ptune.tasks.registry import task_for
 from ptune.template import Template
 from ptune.training.assembly import Parts
 from ptune.training.reporting import Reporter

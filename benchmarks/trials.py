@@ -21,7 +21,8 @@ from ptune.models.backbone import Backbone
 from ptune.records.data import draw, load_records
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Task, task_for
+from ptune.tasks.registry import task_for
+from ptune.tasks.task import Task
 from ptune.template import Template
 from ptune.training.train import train
 

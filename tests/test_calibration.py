@@ -22,8 +22,8 @@ from ptune.config.file import config_yaml
 from ptune.config.task import ClassificationConfig
 from ptune.errors import ConfigError
 from ptune.models.backbone import Backbone
-from ptune.tasks import Assessment
 from ptune.tasks.calibration import fit_temperature, reliability
+from ptune.tasks.task import Assessment
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 SCRIPT = """

@@ -13,10 +13,10 @@ from ptune.config.task import ChoiceConfig, ClassificationConfig
 from ptune.errors import DataError
 from ptune.models.backbone import Backbone
 from ptune.records.record import Record
-from ptune.tasks import task_for
 from ptune.tasks.calibration import calibration_error, reliability
 from ptune.tasks.choice import Choice
 from ptune.tasks.metrics import confusion, macro_f1, micro_f1
+from ptune.tasks.registry import task_for
 from ptune.template import Template
 
 RECORDS = [

@@ -18,8 +18,8 @@ from ptune.prompts.encoder import build_encoder
 from ptune.records.record import Record
 from ptune.rendering.batch import collate
 from ptune.rendering.renderer import Renderer
-from ptune.tasks import build_task
 from ptune.tasks.classification import Classification
+from ptune.tasks.registry import build_task
 from ptune.template import Template
 
 WORDS = {"praise": " great film", "blame": " terrible", "apple": "苹果很", "pear": "苹果小", "cry": " great soup!"}

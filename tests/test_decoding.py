@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_models import ENCODER_DECODER_FAMILIES, FAMILIES, tiny_model, tiny_tokenizer
 
-from ptune.generation.answers import Answer, Listener
 from ptune.generation.generate import Generated, GenerationOptions, Writer, generate
 from ptune.generation.growing_cache import GrowingCache
+from ptune.generation.growing_text import GrowingText, Listener
 from ptune.models.backbone import Backbone
 from ptune.models.deep_start import keys_and_values_of
 
@@ -76,7 +76,7 @@ def test_whoever_joins_when_says_what_it_says_alone(family: str, sampled: bool) 
     ]
     expected = alone(backbone, contexts, options)
     assert len({one.ids for one in expected}) == len(expected)
-    answers = [Answer(backbone, *one) for one in zip(contexts, options, strict=True)]
+    answers = [GrowingText(backbone, *one) for one in zip(contexts, options, strict=True)]
     writer = Writer(backbone)
     for joining in (answers[:1], answers[1:4], [], [], answers[4:5], answers[5:]):
         if joining:
@@ -118,7 +118,7 @@ def test_one_that_is_called_off_leaves_at_the_next_token_and_the_others_go_on() 
     expected = alone(backbone, contexts, options)
     wanted = [True] * 3
     answers = [
-        Answer(backbone, context, options[0], Listener(go_on=lambda _length, n=number: wanted[n]))
+        GrowingText(backbone, context, options[0], Listener(go_on=lambda _length, n=number: wanted[n]))
         for number, context in enumerate(contexts)
     ]
     writer = Writer(backbone)
@@ -150,7 +150,7 @@ def test_models_of_other_kinds_write_whole_texts_with_options_of_each(family: st
         for n, length in enumerate(LENGTHS)
     ]
     assert generate(backbone, TEXTS, options) == alone(backbone, TEXTS, options)
-    writer, answer = Writer(backbone), Answer(backbone, TEXTS[0])
+    writer, answer = Writer(backbone), GrowingText(backbone, TEXTS[0])
     writer.join([answer])
     assert answer.result is not None
     assert len(writer) == 0

@@ -23,7 +23,7 @@ from ptune.config.file import load_config
 from ptune.config.run import RunConfig
 from ptune.config.task import GenerationConfig
 from ptune.engine.engine import Engine
-from ptune.errors import BackboneError, ConfigError, SoftPromptError, TemplateError
+from ptune.errors import BackboneError, ConfigError, SoftPromptError, Stopped, TemplateError
 from ptune.models.backbone import Backbone
 from ptune.models.deep_start import keys_and_values_of
 from ptune.records.record import Record
@@ -31,7 +31,6 @@ from ptune.soft_prompts.peft_format import read_peft_adapter
 from ptune.soft_prompts.soft_prompt import SoftPrompt, import_peft
 from ptune.training.assembly import template_for
 from ptune.training.reporting import Reporter
-from ptune.training.stopping import Stopped
 from ptune.training.train import train
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]

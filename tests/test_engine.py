@@ -166,7 +166,7 @@ def test_answers_have_the_log_probabilities_that_the_model_gives_their_tokens(fa
         with engine._prompts.using("chat") as (loaded,):
             renderer = loaded.task.renderer
             for record, answer, one in zip(records, answers, found, strict=True):
-                fields = engine.first_field("chat", record) if isinstance(record, str) else record
+                fields = engine.record_for("chat", record) if isinstance(record, str) else record
                 row = renderer.row(fields, answer)
                 assert row is not None
                 ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
@@ -276,10 +276,10 @@ def test_inputs_that_mean_something_else_are_refused(backbone: Backbone) -> None
         engine.add("pair", pair)
         engine.add("chat", chat(backbone))
         with pytest.raises(DataError, match="needs second beside its first field; it has first, second"):
-            engine.first_field("pair", "a soup")
-        assert engine.first_field("pair", "a", {"second": "b"}) == {"first": "a", "second": "b"}
+            engine.record_for("pair", "a soup")
+        assert engine.record_for("pair", "a", {"second": "b"}) == {"first": "a", "second": "b"}
         with pytest.raises(DataError, match=r'has no field "inptu"; it has instruction, input\. Did you mean "input"'):
-            engine.first_field("chat", "a", {"inptu": "b"})
+            engine.record_for("chat", "a", {"inptu": "b"})
         with pytest.raises(DataError, match=r"takes a list of texts, and got a single one; write \[text\]"):
             engine.classify("pair", "abc")
         with pytest.raises(DataError, match="the bare model continues a text"):

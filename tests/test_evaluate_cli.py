@@ -21,7 +21,7 @@ from ptune.errors import ConfigError, DataError, SoftPromptError
 from ptune.models.backbone import Backbone
 from ptune.prompts.linear_head import LinearHead
 from ptune.records.data import data_hash, load_records
-from ptune.tasks import task_for
+from ptune.tasks.registry import task_for
 from ptune.template import Template
 
 RECORDS = [

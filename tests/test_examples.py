@@ -22,9 +22,9 @@ from ptune.config.task import TASK_CONFIGS, ClassificationConfig, ExtractionConf
 from ptune.models.backbone import Backbone
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import completed
+from ptune.tasks.registry import completed
 from ptune.template import Template
-from ptune.training.assembly import build_task, read_records, template_for
+from ptune.training.assembly import read_records, task_of_run, template_for
 
 Records: TypeAlias = tuple[list[Record], list[Record]]
 
@@ -175,7 +175,7 @@ def test_an_example_fits_its_data_set_and_is_trained(
     config, search, (train, dev) = few_steps(name, data, tmp_path / "prompt")
     backbone = tiny_backbone("bert" if name == "conll2003_bert.yaml" else "bloom")
     template = template_for(config, backbone)
-    task = build_task(config, template, backbone)
+    task = task_of_run(config, template, backbone)
     examples = [task.example(record) for record in (*train, *dev)]
     rows = [row for example in examples if example is not None for row in example.rows]
     assert sum(example is not None for example in examples) > len(examples) // 2

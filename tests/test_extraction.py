@@ -23,9 +23,9 @@ from ptune.models.backbone import Backbone
 from ptune.records.data import load_records
 from ptune.records.record import Record
 from ptune.rendering.renderer import Renderer
-from ptune.tasks import Extraction, build_task
 from ptune.tasks.entity_text import EntityText, Passage
-from ptune.tasks.extraction import extraction_scores
+from ptune.tasks.extraction import Extraction, extraction_scores
+from ptune.tasks.registry import build_task
 from ptune.tasks.spans import Span, scheme_of, spans_of
 from ptune.template import Template
 
@@ -160,7 +160,7 @@ def test_predictions_have_spans_alone_and_among_others() -> None:
     backbone = Backbone(tiny_model("gpt2"), tiny_tokenizer(), "tiny")
     task = task_of()
     (alone,) = task.predict(backbone, [RECORD])
-    assert set(alone) == {"text", "finished", "spans", "dropped"}
+    assert set(alone) == {"text", "finish_reason", "spans", "dropped"}
     assert answer_together(backbone, [(task, RECORD)] * 2) == [alone, alone]
     metrics = task.evaluate(backbone, [RECORD])
     assert {"loss", "f1", "precision", "recall", "parsed", "unknown_types", "not_found"} <= set(metrics)

@@ -27,7 +27,7 @@ from ptune.prompts.virtual_tokens import input_embedding
 from ptune.records.data import load_records
 from ptune.rendering.batch import IGNORED
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import task_for
+from ptune.tasks.registry import task_for
 from ptune.template import Template
 from ptune.training.reporting import Reporter
 from ptune.training.train import train

@@ -161,8 +161,8 @@ def test_a_stop_text_ends_the_answer_before_it() -> None:
         on_text=lambda _, text: pieces.append(text),
     )[0]
     assert stopped.text == plain.text[: plain.text.index(stop)] == "".join(pieces)
-    assert stopped.finished == "stop"
-    assert plain.finished == "length"
+    assert stopped.finish_reason == "stop"
+    assert plain.finish_reason == "length"
 
 
 @pytest.mark.parametrize("length", [4, 6, 9])
@@ -174,7 +174,7 @@ def test_nothing_of_a_stop_text_near_the_start_is_told(start: int, length: int) 
     options = GenerationOptions(max_new_tokens=16, stop=(stop,))
     stopped = generate(model, [words(TEXTS[1])], options, on_text=lambda _, text: pieces.append(text))[0]
     assert stopped.text == plain.text[: plain.text.index(stop)] == "".join(pieces)
-    assert stopped.finished == "stop"
+    assert stopped.finish_reason == "stop"
 
 
 def test_the_limit_counts_virtual_tokens_and_no_room_is_said() -> None:
@@ -215,7 +215,7 @@ def test_ids_end_where_the_text_does() -> None:
     (whole,) = generate(backbone, [[5, 6, 7]], GenerationOptions(max_new_tokens=12))
     stop = backbone.tokenizer.decode(whole.ids[6:8])
     (cut,) = generate(backbone, [[5, 6, 7]], GenerationOptions(max_new_tokens=12, stop=(stop,)))
-    assert cut.finished == "stop"
+    assert cut.finish_reason == "stop"
     assert cut.text == whole.text[: whole.text.find(stop)]
     assert whole.ids[: len(cut.ids)] == cut.ids
     assert backbone.tokenizer.decode(cut.ids) == cut.text

@@ -13,8 +13,8 @@ from ptune.errors import DataError, TemplateError
 from ptune.models.backbone import Backbone
 from ptune.records.record import Record
 from ptune.rendering.renderer import Renderer
-from ptune.tasks import Generation, build_task, task_for
-from ptune.tasks.generation import rouge_l, score_texts
+from ptune.tasks.generation import Generation, rouge_l, score_texts
+from ptune.tasks.registry import build_task, task_for
 from ptune.template import Template
 
 RECORDS = [

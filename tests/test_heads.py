@@ -23,7 +23,7 @@ from ptune.config.file import parse_config
 from ptune.config.run import EncoderConfig
 from ptune.config.task import LinearClassificationConfig, TaggingConfig
 from ptune.engine.engine import Engine
-from ptune.errors import ConfigError, DataError, SoftPromptError
+from ptune.errors import ConfigError, DataError, SoftPromptError, Stopped
 from ptune.merging.merge import merge_prompts
 from ptune.models.backbone import Backbone
 from ptune.models.prompted_model import PromptedModel
@@ -33,13 +33,14 @@ from ptune.prompts.virtual_tokens import input_embedding
 from ptune.rendering.batch import Row
 from ptune.soft_prompts.files import read_description
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Task, task_for
 from ptune.tasks.metrics import average_f1s
+from ptune.tasks.registry import task_for
+from ptune.tasks.task import Task
 from ptune.template import Template
 from ptune.training.assembly import assemble
 from ptune.training.checkpoint import load_checkpoint
 from ptune.training.reporting import Reporter
-from ptune.training.train import Stopped, train
+from ptune.training.train import train
 
 P = 4
 TASKS = {"linear": LINEAR, "several": MULTI, "tagging": TAGGING}

@@ -20,8 +20,8 @@ from ptune.models.backbone import Backbone
 from ptune.models.prompted_model import PromptedModel
 from ptune.prompts.encoder import build_encoder
 from ptune.rendering.batch import IGNORED
-from ptune.tasks import Asked
 from ptune.tasks.side_by_side import answer_side_by_side
+from ptune.tasks.task import Asked
 
 P = 3
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")

@@ -17,7 +17,7 @@ from ptune.families import MASKED
 from ptune.models.backbone import Backbone
 from ptune.pretrained.loading import MINI
 from ptune.records.record import Record
-from ptune.tasks import task_for
+from ptune.tasks.registry import task_for
 from ptune.template import Template
 from ptune.training.train import train
 

@@ -17,13 +17,12 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.config.file import load_config
 from ptune.config.run import RunConfig
-from ptune.errors import ConfigError, MissingExtraError, TrainingError
+from ptune.errors import ConfigError, MissingExtraError, Stopped, TrainingError
 from ptune.files import read_tensors, write_tensors
 from ptune.models.backbone import Backbone
 from ptune.records.record import Record
 from ptune.training.reporting import Reporter
 from ptune.training.series import under_seeds
-from ptune.training.stopping import Stopped
 from ptune.training.train import train
 
 ROWS = [{"text": f"room {n} {'great' if n % 3 else 'terrible'}", "label": "ab"[n % 3 == 0]} for n in range(18)]

@@ -18,7 +18,7 @@ from ptune.models.backbone import Backbone
 from ptune.records.data import data_hash
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Assessment
+from ptune.tasks.task import Assessment
 from ptune.training.reporting import SearchReporter
 from ptune.training.search import search
 from ptune.training.signs import new_signs, no_gain

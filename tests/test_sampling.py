@@ -105,7 +105,7 @@ def test_a_stream_tells_them_with_the_text_that_they_say(backbone: Backbone) -> 
         on_logprobs=lambda number, told: events.append((number, told)),
         on_done=lambda number, answer: events.append((number, answer)),
     )
-    assert answers[0].finished == "stop"
+    assert answers[0].finish_reason == "stop"
     for number, answer in enumerate(answers):
         own = [what for n, what in events if n == number]
         assert own[-1] == answer

@@ -17,14 +17,13 @@ from tiny_models import tiny_model, tiny_tokenizer
 from ptune.config.candidates import SearchConfig, candidates_of, load_search, parse_vary
 from ptune.config.file import load_config
 from ptune.config.run import RunConfig
-from ptune.errors import ConfigError, OutputError
+from ptune.errors import ConfigError, OutputError, Stopped
 from ptune.models.backbone import Backbone
 from ptune.prompts.encoder import PromptEncoder
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.training.learner import Learner
 from ptune.training.reporting import SearchReporter
 from ptune.training.search import rungs, search
-from ptune.training.stopping import Stopped
 from ptune.training.train import train
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]

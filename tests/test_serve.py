@@ -78,7 +78,7 @@ def test_a_completion_is_that_of_the_engine(served: Served, alone: Engine, name:
     expected = alone.generate(None if name == "tiny" else name, TEXTS[0], options)
     answer = served.openai.completions.create(model=name, prompt=TEXTS[0], max_tokens=9)
     assert answer.choices[0].text == expected.text
-    assert answer.choices[0].finish_reason == expected.finished
+    assert answer.choices[0].finish_reason == expected.finish_reason
     assert answer.usage is not None
     assert answer.usage.completion_tokens == len(expected.ids)
     task = alone.prompts["answer"].task

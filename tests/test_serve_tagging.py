@@ -96,7 +96,7 @@ def test_extracted_entities_are_those_of_the_engine(served: Served, alone: Engin
     answer = served.http.post("/v1/tag", json=body).json()
     expected = alone.predict("entities", [{"tokens": TEXT}, {"tokens": WORDS}, {"tokens": WORDS}])
     assert answer["data"] == numbered(expected)
-    assert all(set(one) == {"index", "text", "finished", "spans", "dropped"} for one in answer["data"])
+    assert all(set(one) == {"index", "text", "finish_reason", "spans", "dropped"} for one in answer["data"])
     assert answer["usage"]["completion_tokens"] > 0
     record = {"text": TEXT, "domain": "dinner"}
     answer = served.http.post("/v1/tag", json={"model": "entities/of_text", "input": [record]}).json()

@@ -74,7 +74,7 @@ def test_summarising_runs_through(books: Path, tmp_path: Path) -> None:
     metrics = json.loads(scores.read_text(encoding="utf-8"))["metrics"]
     assert {"loss", "perplexity", "rouge_1", "rouge_2", "rouge_l", "exact_match", "prediction_share"} == set(metrics)
     said = run("-m", "ptune", "predict", tmp_path / "prompt", tmp_path / "data", "--limit", 1).stdout
-    assert {"document", "summary", "text", "finished"} == set(json.loads(said))
+    assert {"document", "summary", "text", "finish_reason"} == set(json.loads(said))
 
 
 def test_rouge_n_counts_runs_of_words() -> None:

@@ -27,8 +27,9 @@ from ptune.errors import ConfigError, DataError, MissingExtraError, PtuneError, 
 from ptune.models.backbone import Backbone
 from ptune.records.record import Record
 from ptune.rendering.words import spelled_out, split_text, tokenised_words
-from ptune.tasks import Tagging, task_for
+from ptune.tasks.registry import task_for
 from ptune.tasks.spans import Span, plain_tag, spans_of
+from ptune.tasks.tagging import Tagging
 from ptune.template import Template
 from ptune.training.assembly import assemble
 from ptune.training.train import train

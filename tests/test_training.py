@@ -21,7 +21,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from ptune.config.file import config_yaml
 from ptune.config.run import EncoderConfig, RunConfig
 from ptune.engine.engine import Engine
-from ptune.errors import ConfigError, DataError, MissingExtraError, OutputError, SoftPromptError, TrainingError
+from ptune.errors import ConfigError, DataError, MissingExtraError, OutputError, SoftPromptError, Stopped, TrainingError
 from ptune.models.backbone import Backbone
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
@@ -30,7 +30,6 @@ from ptune.training.checkpoint import Progress
 from ptune.training.comparison import Comparison
 from ptune.training.reporting import Reporter
 from ptune.training.step_plan import StepPlan
-from ptune.training.stopping import Stopped
 from ptune.training.train import train
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]

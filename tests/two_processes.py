@@ -22,7 +22,7 @@ import json, os, sys
 from ptune.models.backbone import Backbone
 from ptune.config.file import load_config
 from ptune.training.reporting import Reporter
-from ptune.training.stopping import Stopped
+from ptune.errors import Stopped
 from ptune.training.train import train
 
 config = load_config(sys.argv[1])

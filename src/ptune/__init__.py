@@ -10,15 +10,17 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Backbone": "models.backbone",
+    "BackboneError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
-    "BackboneError": "errors",
     "EncoderConfig": "config.run",
     "Engine": "engine.engine",
-    "GenerationOptions": "generation.generate",
+    "Generated": "generation.sampling",
+    "GenerationOptions": "generation.sampling",
     "MINI": "pretrained.loading",
     "MergedModel": "merging.merge",
     "MissingExtraError": "errors",
+    "ModelConfig": "config.run",
     "OutputError": "errors",
     "PromptEncoder": "prompts.encoder",
     "PromptedModel": "models.prompted_model",
@@ -26,9 +28,11 @@ _HOMES = {
     "Reporter": "training.reporting",
     "RunConfig": "config.run",
     "SearchConfig": "config.candidates",
+    "SearchReporter": "training.reporting",
     "SoftPrompt": "soft_prompts.soft_prompt",
     "SoftPromptError": "errors",
     "StartConfig": "config.run",
+    "Stopped": "errors",
     "Template": "template",
     "TemplateError": "errors",
     "TrainingError": "errors",
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from ptune.config.candidates import SearchConfig as SearchConfig
     from ptune.config.file import load_config as load_config
     from ptune.config.run import EncoderConfig as EncoderConfig
+    from ptune.config.run import ModelConfig as ModelConfig
     from ptune.config.run import RunConfig as RunConfig
     from ptune.config.run import StartConfig as StartConfig
     from ptune.drop_in.prompted import prompted as prompted
@@ -58,9 +63,11 @@ if TYPE_CHECKING:
     from ptune.errors import OutputError as OutputError
     from ptune.errors import PtuneError as PtuneError
     from ptune.errors import SoftPromptError as SoftPromptError
+    from ptune.errors import Stopped as Stopped
     from ptune.errors import TemplateError as TemplateError
     from ptune.errors import TrainingError as TrainingError
-    from ptune.generation.generate import GenerationOptions as GenerationOptions
+    from ptune.generation.sampling import Generated as Generated
+    from ptune.generation.sampling import GenerationOptions as GenerationOptions
     from ptune.merging.merge import MergedModel as MergedModel
     from ptune.merging.merge import merge_prompts as merge_prompts
     from ptune.models.backbone import Backbone as Backbone
@@ -72,6 +79,7 @@ if TYPE_CHECKING:
     from ptune.soft_prompts.soft_prompt import SoftPrompt as SoftPrompt
     from ptune.template import Template as Template
     from ptune.training.reporting import Reporter as Reporter
+    from ptune.training.reporting import SearchReporter as SearchReporter
     from ptune.training.search import search as search
     from ptune.training.train import train as train
 

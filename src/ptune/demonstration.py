@@ -13,7 +13,7 @@ from ptune.config.task import ClassificationConfig
 from ptune.models.backbone import Backbone
 from ptune.records.data import load_records
 from ptune.records.record import Record
-from ptune.tasks import task_for
+from ptune.tasks.registry import task_for
 from ptune.template import Template
 
 SENTENCE = "This movie was fantastic!"

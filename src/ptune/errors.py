@@ -5,10 +5,12 @@
     |-- TemplateError        ValueError    a template that cannot be parsed or rendered
     |-- DataError            ValueError    a data file or record that cannot be used
     |-- BackboneError        ValueError    a model that cannot be loaded or cannot carry virtual tokens
-    |-- SoftPromptError      ValueError    a soft prompt that is damaged or belongs to another backbone
+    |-- SoftPromptError      ValueError    a soft prompt that is damaged, or of another backbone or task
     |-- TrainingError        RuntimeError  a run that cannot go on (not a number, no gradient)
     |-- OutputError          OSError       a folder or disk that cannot be written as asked
     `-- MissingExtraError    ImportError   an optional package that is not installed
+
+    Stopped                  KeyboardInterrupt   Ctrl-C or SIGTERM; the run has saved where it stands
 
 Every message is one sentence for the person at the keyboard: what was expected, what was found, where, and the mend.
 The command line prints it without a traceback and exits with 2. This module knows nothing else of ptune.
@@ -36,7 +38,7 @@ class BackboneError(PtuneError, ValueError):
 
 
 class SoftPromptError(PtuneError, ValueError):
-    """A soft prompt is damaged, or belongs to another backbone."""
+    """A soft prompt is damaged, belongs to another backbone, or is of another task than is asked."""
 
 
 class TrainingError(PtuneError, RuntimeError):
@@ -49,6 +51,10 @@ class OutputError(PtuneError, OSError):
 
 class MissingExtraError(PtuneError, ImportError):
     """An optional package is not installed."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop, and has saved where it stands; `except Exception` lets it pass, as Ctrl-C."""
 
 
 def did_you_mean(name: str, known: "list[str] | tuple[str, ...]") -> str:

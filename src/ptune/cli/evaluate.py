@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ptune.engine.engine import Engine
-    from ptune.tasks import Task
+    from ptune.tasks.task import Task
 
 _MOST_LABELS = 12
 """Of more labels a terminal is too narrow to show the confusion matrix."""
@@ -173,7 +173,7 @@ def predict(
     names = _names(prompt, records or [{}], by)
     with _engine(_folders(prompt, names, by), model, no_prompt, **loading(device, dtype, trust_remote_code)) as engine:
         if is_text:
-            records = [engine.first_field(names[0], data)]
+            records = [engine.record_for(names[0], data)]
         if no_prompt:
             bare = _bare_tasks(engine, names, records)
             questions = [(bare[name], record) for name, record in zip(names, records, strict=True)]

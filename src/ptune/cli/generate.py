@@ -89,12 +89,12 @@ def generate(
             return str(tokenizer.decode([token]))
 
         if text is not None:
-            _answer(chat, engine.first_field(name, text, others), spelt)
+            _answer(chat, engine.record_for(name, text, others), spelt)
             return
         if sys.stdin.isatty():
             typer.echo("An empty line ends the chat.", err=True)
         while line := _question():
-            _answer(chat, engine.first_field(name, line, others), spelt)
+            _answer(chat, engine.record_for(name, line, others), spelt)
 
 
 def _options(**values: Any) -> GenerationOptions:

@@ -64,15 +64,15 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     from ptune.config.task import head_outputs
     from ptune.models.backbone import Backbone
     from ptune.rendering.preview import preview
-    from ptune.tasks import completed
-    from ptune.training.assembly import build_task, read_records, template_for
+    from ptune.tasks.registry import completed
+    from ptune.training.assembly import read_records, task_of_run, template_for
 
     backbone = Backbone.load(settings.model)
     template = template_for(settings, backbone)
     console = Console(highlight=False, soft_wrap=True)
     train, _ = read_records(settings)
     settings = settings.model_copy(update={"task": completed(settings.task, train)})
-    task = build_task(settings, template, backbone)
+    task = task_of_run(settings, template, backbone)
     for record in train[:count]:
         text, row = Text(), task.shown(record)
         for segment in preview(task.renderer, row) if row is not None else ():

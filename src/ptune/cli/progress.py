@@ -15,7 +15,7 @@ from ptune.config.run import RunConfig
 from ptune.pretrained.sharding import numbers_held
 from ptune.rendering.filling import field_text
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Assessment
+from ptune.tasks.task import Assessment
 from ptune.training.assembly import Parts
 from ptune.training.checkpoint import Progress as RunProgress
 from ptune.training.comparison import Comparison

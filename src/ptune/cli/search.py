@@ -63,9 +63,9 @@ def search(
     from rich.markup import escape
 
     from ptune.cli.search_progress import SearchProgress
+    from ptune.errors import Stopped
     from ptune.training.run_folder import CANDIDATES
     from ptune.training.search import search as search_for
-    from ptune.training.stopping import Stopped
 
     try:
         with SearchProgress() as reporter:

@@ -14,7 +14,7 @@ from rich.table import Table
 from ptune.cli.progress import format_value, print_comparison
 from ptune.config.candidates import Candidate
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Assessment
+from ptune.tasks.task import Assessment
 from ptune.training.assembly import Parts
 from ptune.training.checkpoint import Progress as RunProgress
 from ptune.training.comparison import Comparison

@@ -70,7 +70,7 @@ def train(
         for each in settings:
             explain_run(each)
         return
-    from ptune.training.stopping import Stopped
+    from ptune.errors import Stopped
 
     try:
         if seeds > 1:

@@ -23,15 +23,18 @@ from ptune.engine.mixed_batches import answer_together
 from ptune.engine.prompt_memory import PromptMemory
 from ptune.engine.shared_writing import SharedWriting
 from ptune.engine.thread import EngineThread
-from ptune.errors import DataError, SoftPromptError
+from ptune.errors import ConfigError, DataError, SoftPromptError
 from ptune.generation.generate import Generated, GenerationOptions, generate
 from ptune.models.backbone import Backbone
 from ptune.models.deep_start import key_value_shape
 from ptune.rendering.filling import record_of_text
 from ptune.soft_prompts.library import Library
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Assessment, Tagging
+from ptune.tasks.classification import Classification
+from ptune.tasks.linear_classification import LinearClassification
 from ptune.tasks.log_probabilities import log_probabilities
+from ptune.tasks.tagging import Tagging
+from ptune.tasks.task import Assessment, Task
 from ptune.template import Template
 
 
@@ -75,9 +78,13 @@ class Engine:
         Raises:
             BackboneError: it cannot be loaded.
             SoftPromptError: there is no such folder of soft prompts.
-            ValueError: a size is not written as in "1GB".
+            ConfigError: a size is not written as in "1GB".
         """
-        self.memory = PromptMemory(bytes_of(prompt_memory))
+        try:
+            rooms = bytes_of(prompt_memory), bytes_of(key_memory)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.memory = PromptMemory(rooms[0])
         library = Library(prompts)
         self.backbone = backbone if isinstance(backbone, Backbone) else Backbone.load(backbone)
         self._tokens = self.backbone.attach()
@@ -85,7 +92,7 @@ class Engine:
             self.backbone.fingerprint()
             key_value_shape(self.backbone)
         self.keys = self._tokens.prefixes
-        self.keys.budget = bytes_of(key_memory)
+        self.keys.budget = rooms[1]
         self._prompts = LoadedPrompts(self.backbone, self._tokens, library, self.memory)
         self._thread = EngineThread()
         self._writing = SharedWriting(self.backbone, self._thread, self._tokens.lock)
@@ -177,14 +184,14 @@ class Engine:
             batch_size: rows read at once.
 
         Raises:
-            SoftPromptError: no soft prompt of a name is loaded, or there are more or fewer names than records.
-            DataError: a record lacks a field of its template.
+            SoftPromptError: no soft prompt of a name is loaded.
+            DataError: a record lacks a field of its template, or there are more or fewer names than records.
         """
         if name is None or isinstance(name, str):  # None is refused with its reason
             with self._prompts.using(name) as (loaded,):
                 return loaded.task.predict(self.backbone, records, batch_size=batch_size)
         if len(name) != len(records):
-            raise SoftPromptError(f"there are {len(name)} names for {len(records)} records; give one for each")
+            raise DataError(f"there are {len(name)} names for {len(records)} records; give one for each")
         with self._prompts.using(*name) as each:
             questions = [(loaded.task, record) for loaded, record in zip(each, records, strict=True)]
             return answer_together(self.backbone, questions, batch_size=batch_size)
@@ -213,10 +220,12 @@ class Engine:
         """Classify plain texts with a soft prompt whose template has one field.
 
         Raises:
-            SoftPromptError: no such soft prompt, or its template has several fields: then use `predict`.
+            SoftPromptError: no such soft prompt, or it has no labels.
+            DataError: a single text is given, or the template has several fields: then use `predict`.
         """
         if isinstance(texts, str):
             raise DataError("classify() takes a list of texts, and got a single one; write [text]")
+        self._check_task(name, (Classification, LinearClassification), "classify() takes one with labels")
         field = self._only_field(name)
         return self.predict(name, [{field: text} for text in texts], batch_size=batch_size)
 
@@ -227,15 +236,12 @@ class Engine:
             For each its ``tokens``, their ``tags`` and the ``spans`` of entities; see `Tagging.predict`.
 
         Raises:
-            SoftPromptError: no such soft prompt, or it tags nothing, or its template has other fields: then use
-                `predict`.
+            SoftPromptError: no such soft prompt, or it tags nothing.
+            DataError: a single text is given, or the template has several fields: then use `predict`.
         """
         if isinstance(texts, str):
             raise DataError("tag() takes a list of texts or of lists of words, and got a single text; write [text]")
-        with self._prompts.using(name) as (loaded,):
-            if not isinstance(loaded.task, Tagging):
-                kind = loaded.prompt.task.type
-                raise SoftPromptError(f'the task of "{name}" is {kind}, and tag() takes one of type tagging')
+        self._check_task(name, Tagging, "tag() takes one of type tagging")
         field = self._only_field(name)
         words = [text if isinstance(text, str) else list(text) for text in texts]
         return self.predict(name, [{field: one} for one in words], batch_size=batch_size)
@@ -353,7 +359,7 @@ class Engine:
 
         return await self._writing.write(begin, end, tell)
 
-    def first_field(self, name: str, text: str, others: Mapping[str, str] | None = None) -> dict[str, str]:
+    def record_for(self, name: str, text: str, others: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the record in which a text stands for the template's first field, that of a system message apart.
 
         Raises:
@@ -382,10 +388,13 @@ class Engine:
         with self._prompts.using(name) as (loaded,):
             return loaded.task.renderer.template
 
+    def _check_task(self, name: str, kinds: type[Task] | tuple[type[Task], ...], wanted: str) -> None:
+        with self._prompts.using(name) as (loaded,):
+            if not isinstance(loaded.task, kinds):
+                raise SoftPromptError(f'the task of "{name}" is {loaded.prompt.task.type}, and {wanted}')
+
     def _only_field(self, name: str) -> str:
         fields = self._template(name).fields
         if len(fields) != 1:
-            raise SoftPromptError(
-                f'the template of "{name}" has the fields {", ".join(fields)}; give records to predict()'
-            )
+            raise DataError(f'the template of "{name}" has the fields {", ".join(fields)}; give records to predict()')
         return fields[0]

@@ -16,7 +16,8 @@ from ptune.models.backbone import Backbone
 from ptune.prompts.virtual_tokens import VirtualTokens
 from ptune.soft_prompts.library import Library
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Task, task_for
+from ptune.tasks.registry import task_for
+from ptune.tasks.task import Task
 from ptune.template import Template
 
 
@@ -63,7 +64,7 @@ class LoadedPrompts:
         with self._tokens.lock:
             prompt.check(self._backbone)
             first = self._tokens.allocate(len(prompt.rows))
-            task = task_of(prompt, self._backbone, first)
+            task = task_of_prompt(prompt, self._backbone, first)
             self._tokens.set_rows(first, prompt.rows.to(self._backbone.device), prompt.deep)
             self.remove(name)
             self.by_name[name] = LoadedPrompt(name, prompt, first, task)
@@ -140,7 +141,7 @@ class LoadedPrompts:
                     self.let_go(loaded)
 
 
-def task_of(prompt: SoftPrompt, backbone: Backbone, first_virtual_id: int = -1) -> Task:
+def task_of_prompt(prompt: SoftPrompt, backbone: Backbone, first_virtual_id: int | None = None) -> Task:
     """Return the task of a soft prompt, bound to its template at an id.
 
     Args:

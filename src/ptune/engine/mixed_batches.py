@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ptune.generation.generate import GenerationOptions, generate
 from ptune.models.backbone import Backbone
-from ptune.tasks import Generation, Task
+from ptune.tasks.generation import Generation
 from ptune.tasks.reading import ReadingTask, in_batches
 from ptune.tasks.scoring import ScoringTask
+from ptune.tasks.task import Task
 
 Question = tuple[Task, Mapping[str, Any]]
 """A record, and the task of the soft prompt that is to answer it."""

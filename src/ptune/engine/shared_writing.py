@@ -18,8 +18,8 @@ from threading import RLock
 from typing import Any
 
 from ptune.engine.thread import EngineThread
-from ptune.generation.answers import Answer, Listener
 from ptune.generation.generate import Writer
+from ptune.generation.growing_text import GrowingText, Listener
 from ptune.generation.sampling import Generated, GenerationOptions
 from ptune.models.backbone import Backbone
 
@@ -32,11 +32,11 @@ class _Text:
     begin: Callable[[], tuple[list[int], GenerationOptions]]
     end: Callable[[], None]
     on_text: Callable[[str], Any] | None
-    answer: Answer | None = None
+    answer: GrowingText | None = None
     future: Future[Generated] = field(default_factory=Future)
 
     @property
-    def writing(self) -> Answer:
+    def writing(self) -> GrowingText:
         """What is written, once it has begun."""
         assert self.answer is not None
         return self.answer
@@ -93,7 +93,7 @@ class SharedWriting:
                 context, options = text.begin()
                 begun = True
                 listener = Listener(text.on_text, go_on=lambda _length: not text.future.cancelled())
-                text.answer = Answer(self._backbone, context, options, listener)
+                text.answer = GrowingText(self._backbone, context, options, listener)
         except BaseException as error:
             if begun:
                 text.end()

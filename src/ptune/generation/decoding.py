@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ptune.families import CAUSAL
-from ptune.generation.answers import Answer
 from ptune.generation.growing_cache import GrowingCache
+from ptune.generation.growing_text import GrowingText
 from ptune.models.backbone import Backbone
 from ptune.plans.kept_prefixes import opening_run
 from ptune.prompts.virtual_tokens import deep_prompts_of
@@ -32,20 +32,20 @@ class Decoding:
     def __init__(self, backbone: Backbone) -> None:
         """Begin with none."""
         self._backbone = backbone
-        self._answers: list[Answer] = []
+        self._answers: list[GrowingText] = []
         self._tokens: list[int] = []  # the last of each, which the next pass reads
         self._cache = GrowingCache()
 
     def __len__(self) -> int:
         return len(self._answers)
 
-    def takes(self, answer: Answer) -> bool:
+    def takes(self, answer: GrowingText) -> bool:
         """Whether a text can be written here: a plain cache must do for all that it will hold."""
         columns = len(answer.context) + answer.room
         return self._backbone.kind is CAUSAL and self._backbone.hindrance(columns) is None
 
     @torch.no_grad()
-    def join(self, answers: Sequence[Answer]) -> None:
+    def join(self, answers: Sequence[GrowingText]) -> None:
         """Read the contexts of texts, at least one, and choose their first tokens."""
         pasts = _openings(self._backbone, answers)
         opened = [past.shape[2] for past in pasts] or [0] * len(answers)
@@ -77,13 +77,13 @@ class Decoding:
                 self._tokens.pop()
 
 
-def _choose(answers: Sequence[Answer], logits: Tensor) -> list[int]:
+def _choose(answers: Sequence[GrowingText], logits: Tensor) -> list[int]:
     """Let each text grow by a token, from logits ``[B, V]``, and return the tokens."""
     likeliest = logits.argmax(-1).tolist()
     return [answer.grow(*one) for answer, *one in zip(answers, logits, likeliest, strict=True)]
 
 
-def _openings(backbone: Backbone, answers: Sequence[Answer]) -> list[Tensor]:
+def _openings(backbone: Backbone, answers: Sequence[GrowingText]) -> list[Tensor]:
     """Return keys and values of what opens each context and is not read again, ``[2 L, K, P, D]``.
 
     Nothing at all where that is so of none.

@@ -20,8 +20,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from ptune.errors import BackboneError
 from ptune.families import ENCODER_DECODER
-from ptune.generation.answers import Answer, Listener, end_ids
 from ptune.generation.decoding import Decoding
+from ptune.generation.growing_text import GrowingText, Listener, end_ids
 from ptune.generation.sampling import Generated as Generated
 from ptune.generation.sampling import GenerationOptions as GenerationOptions
 from ptune.generation.sampling import TokenLogprob
@@ -75,7 +75,7 @@ def generate(
         Listener(*(of(number, what) for what in (on_text, on_done, go_on, on_logprobs)))
         for number in range(len(contexts))
     ]
-    answers = [Answer(backbone, *one) for one in zip(contexts, options, listeners, strict=True)]
+    answers = [GrowingText(backbone, *one) for one in zip(contexts, options, listeners, strict=True)]
     waiting = sorted(answers, key=lambda answer: (answer.deep or 0, -len(answer.context)))
     writer = Writer(backbone, use_cache=use_cache)
     while waiting or len(writer):
@@ -104,14 +104,14 @@ class Writer:
         return len(self._decoding)
 
     @torch.no_grad()
-    def join(self, answers: Sequence[Answer]) -> None:
+    def join(self, answers: Sequence[GrowingText]) -> None:
         """Begin texts, each with its first token; those that cannot grow in company of others are written whole.
 
         Raises:
             BackboneError: a deep prompt stands in a cache, and none may be kept.
         """
-        growing: list[Answer] = []
-        whole: list[Answer] = []
+        growing: list[GrowingText] = []
+        whole: list[GrowingText] = []
         for answer in answers:
             (growing if self._use_cache and self._decoding.takes(answer) else whole).append(answer)
         if growing:
@@ -131,18 +131,18 @@ def _of_number(options: GenerationOptions, number: int) -> GenerationOptions:
     return options.model_copy(update={"seed": (options.seed + number + 2**63) % 2**64 - 2**63})
 
 
-def _alike(answers: Sequence[Answer]) -> list[list[Answer]]:
+def _alike(answers: Sequence[GrowingText]) -> list[list[GrowingText]]:
     """Return which texts ``generate`` may write at once.
 
     Those have the same room, so that none shortens its neighbour's, and the same deep prompt in front, or none.
     """
-    kinds: dict[tuple[int, int | None], list[Answer]] = {}
+    kinds: dict[tuple[int, int | None], list[GrowingText]] = {}
     for answer in answers:
         kinds.setdefault((answer.room, answer.deep), []).append(answer)
     return list(kinds.values())
 
 
-def _write_whole(backbone: Backbone, answers: Sequence[Answer], use_cache: bool) -> None:
+def _write_whole(backbone: Backbone, answers: Sequence[GrowingText], use_cache: bool) -> None:
     """Write texts of one room to their ends by transformers' ``generate``.
 
     Raises:
@@ -185,7 +185,7 @@ def _write_whole(backbone: Backbone, answers: Sequence[Answer], use_cache: bool)
 class _Choice(LogitsProcessor):
     """Leaves of each row's tokens the one that its text chooses."""
 
-    def __init__(self, answers: Sequence[Answer]) -> None:
+    def __init__(self, answers: Sequence[GrowingText]) -> None:
         self._answers = answers
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class _Choice(LogitsProcessor):
 class _Ended(StoppingCriteria):
     """Tells which rows' texts have ended."""
 
-    def __init__(self, answers: Sequence[Answer]) -> None:
+    def __init__(self, answers: Sequence[GrowingText]) -> None:
         self._answers = answers
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:

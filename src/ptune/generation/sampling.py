@@ -90,13 +90,13 @@ class Generated:
     Attributes:
         ids: of the new tokens, without the end token.
         text: what they say, up to a stop text.
-        finished: ``stop`` at the end token or a stop text, ``length`` at the limit.
+        finish_reason: ``stop`` at the end token or a stop text, ``length`` at the limit.
         logprobs: of each of the ids, where they were asked for.
     """
 
     ids: tuple[int, ...]
     text: str
-    finished: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length"]
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 

@@ -64,7 +64,7 @@ def ids_agree(
         )
         ids = uncut.context(record)
         if list(found["input_ids"]) != [
-            on_disk[t - uncut.first_virtual_id] if t >= uncut.vocabulary_size else t for t in ids
+            on_disk[t - uncut.virtual_ids.start] if t >= uncut.vocabulary_size else t for t in ids
         ]:
             return False
     return True

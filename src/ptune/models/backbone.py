@@ -1,7 +1,8 @@
 """The backbone: a frozen pretrained model with its tokenizer. Loads it, keeps it frozen, tells what it is and can do.
 
-Knows nothing of templates, tasks, encoders or training. Shapes: B batch, T text tokens,
-H width, V rows of the input matrix.
+Knows nothing of templates, tasks, encoders or training. Shapes: B batch, T tokens of a
+row, virtual ones among them, N chosen positions, C chosen tokens of the vocabulary, H width, V rows of the input
+matrix.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ptune.models.forward_pass import ForwardPass
 from ptune.plans.context_cache import ContextCache
 from ptune.plans.deep_passes import logits_behind
 from ptune.plans.openings import context_of
-from ptune.plans.passes import Choice
+from ptune.plans.passes import PlannedPass
 from ptune.plans.plans import Plans
 from ptune.pretrained.fingerprint import fingerprint, same_backbone, sampled_ids
 from ptune.pretrained.loading import check_tokenizer, find_device, load_model
@@ -157,7 +158,7 @@ class Backbone:
             return input_embedding(self.model)(ids.to(self.device)).float()
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        """Return the keyword arguments of a forward pass for ids and mask, as `ForwardPass.inputs` has them."""
+        """Return a forward pass's keyword arguments for ids and mask, ``[B, T]`` int64: `ForwardPass.inputs`."""
         return self.forward_pass.inputs(input_ids, attention_mask)
 
     def logits(
@@ -218,11 +219,17 @@ class Backbone:
             logits: Tensor = self.model(**arguments).logits
         return logits if wanted == "logits" else taken[0]
 
-    def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Choice:
-        """Return how a forward pass would be carried out; the arguments are those of `outputs`."""
+    def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> PlannedPass:
+        """Return how a forward pass would be carried out.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: ``[B, T]`` int64.
+            positions: ``[B, T]`` bool, as in `logits`.
+        """
         deep = deep_prompts_of(self.model).opening(input_ids.to(self.device)) is not None
         if (hindrance := _DEEP if deep else self.hindrance(input_ids.shape[1])) is not None:
-            return Choice("reference", hindrance, input_ids.numel())
+            return PlannedPass("reference", hindrance, input_ids.numel())
         return self.plans.choose(input_ids, attention_mask, positions)
 
     def keep_contexts(self, rows: Iterable[Sequence[int]], kept: ContextCache) -> None:
@@ -276,13 +283,13 @@ class Backbone:
             return self.outputs(input_ids, attention_mask, positions, "final states")
         if labels is None:
             return self.logits(input_ids, attention_mask, positions, columns)
-        wanted = labels if self.kind is MASKED else next_token_labels(labels)
-        supervised = wanted != IGNORED
+        targets = labels if self.kind is MASKED else next_token_labels(labels)
+        supervised = targets != IGNORED
         if self.may_withhold:
             inputs = self.outputs(input_ids, attention_mask, supervised, "head inputs")  # [N, H]
-            return self.head.loss(inputs, wanted[supervised])
+            return self.head.loss(inputs, targets[supervised])
         logits = self.logits(input_ids, attention_mask, supervised)  # [N, V]
-        return summed_loss(logits, wanted[supervised].to(logits.device))
+        return summed_loss(logits, targets[supervised].to(logits.device))
 
     def enable_gradient_checkpointing(self, **settings: Any) -> None:
         """Keep no activations inside the layers, and compute them again in the backward pass.

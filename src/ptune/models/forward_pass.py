@@ -83,7 +83,10 @@ class ForwardPass:
         wanted: Wanted = "logits",
         packing: Packing | None = None,
     ) -> tuple[Tensor, DynamicCache | None]:
-        """Run the model on what follows ``past``: what `Plans` are made of; see `ptune.plans.passes.Run`."""
+        """Run the model on what follows ``past``, and return ``[N, V]`` or ``[N, H]``: what `Plans` are made of.
+
+        Arguments and results are those of `ptune.plans.passes.Run`.
+        """
         arguments = self.inputs(input_ids, attention_mask)
         if packing is not None:
             arguments |= {"position_ids": packing.places + self.first_position, "packing": packing}

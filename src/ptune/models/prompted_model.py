@@ -99,7 +99,7 @@ class PromptedModel(nn.Module):
         columns: Tensor | None = None,
         states: bool = False,
     ) -> Tensor:
-        """Run the backbone with the present virtual tokens: the interface and results of `Backbone.__call__`."""
+        """Run the backbone on ids ``[B, T]`` with the present virtual tokens, as `Backbone.__call__` has it all."""
         rows = self.rows()
         self.use(rows)
         try:

@@ -47,7 +47,7 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlannedPass:
     """How a forward pass is to be carried out.
 
     Attributes:

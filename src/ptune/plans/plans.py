@@ -32,7 +32,7 @@ from ptune.plans.context_reading import read_packed, read_padded
 from ptune.plans.kept_prefixes import KeptPrefixes, opening_lengths
 from ptune.plans.openings import Group, context_lengths, contexts_in, length_groups, padding_share, prefix_groups
 from ptune.plans.packed_passes import packed_behind, packed_rows, reads_packed_rows
-from ptune.plans.passes import Choice, PlanName, Run
+from ptune.plans.passes import PlanName, PlannedPass, Run
 from ptune.plans.unread import without_unread
 from ptune.pretrained.output_head import Wanted
 from ptune.pretrained.sharding import held_to
@@ -120,8 +120,14 @@ class Plans:
             return self._frozen_context(run, input_ids, attention_mask, positions, choice.lengths)
         return self._plain(run, input_ids, attention_mask, positions)
 
-    def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Choice:
-        """Return the cheapest plan for a batch; the arguments are those of `outputs`."""
+    def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> PlannedPass:
+        """Return the cheapest plan for a batch.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: ``[B, T]`` int64.
+            positions: ``[B, T]`` bool.
+        """
         input_ids, attention_mask, positions = without_unread(input_ids, attention_mask, positions)
         rows, length = input_ids.shape
         # pads that are asked for have no numbers in some plans
@@ -137,9 +143,9 @@ class Plans:
         if shared:
             why = f"{shared + 1} virtual tokens open every row"
             if packs:
-                return Choice("packed rows", f"{why}, and {pads:.0%} would be padding", packed, groups=whole)
+                return PlannedPass("packed rows", f"{why}, and {pads:.0%} would be padding", packed, groups=whole)
             tokens = shared + self._padded_tokens((attention_mask[:, shared:]).sum(-1).tolist())
-            return Choice("shared prefix", why, tokens, groups=whole)
+            return PlannedPass("shared prefix", why, tokens, groups=whole)
         lengths = context_lengths(input_ids, attention_mask, self._vocabulary_size)
         if lengths is not None and float(lengths.float().mean()) >= _SHORTEST_CONTEXT:
             before = torch.arange(length, device=input_ids.device) < lengths[:, None]
@@ -150,12 +156,12 @@ class Plans:
                 may = self.may_pack and self._packs
                 missing = sum(map(len, contexts)) if may else len(contexts) * max(map(len, contexts), default=0)
                 tokens = missing + (sum(behind) if may else self._padded_tokens(behind))
-                return Choice("frozen context", why, tokens, missing, lengths=lengths)
+                return PlannedPass("frozen context", why, tokens, missing, lengths=lengths)
         if packs:
-            return Choice("packed rows", f"{pads:.0%} would be padding", packed, groups=whole)
+            return PlannedPass("packed rows", f"{pads:.0%} would be padding", packed, groups=whole)
         why = "rows share nothing" if rows > 1 else "one row"
         tokens = self._padded_tokens(attention_mask.sum(-1).tolist()) if real else rows * length
-        return Choice("reference", why, tokens)
+        return PlannedPass("reference", why, tokens)
 
     def _padded_tokens(self, lengths: list[int]) -> int:
         """Return how many tokens rows of these lengths come to, run in groups of similar length."""
@@ -164,7 +170,7 @@ class Plans:
             groups = length_groups(lengths, _COST_OF_A_PASS)
         return sum(len(group) * max(lengths[row] for row in group) for group in groups)
 
-    def _for_several_prompts(self, attention_mask: Tensor, groups: Sequence[Group]) -> Choice | None:
+    def _for_several_prompts(self, attention_mask: Tensor, groups: Sequence[Group]) -> PlannedPass | None:
         """Return the plan for groups of rows behind prompts of their own; None where sharing saves too little."""
         lengths = attention_mask.sum(-1).tolist()
         saved = sum(group.shared * (group.end - group.start - 1) for group in groups)
@@ -176,7 +182,7 @@ class Plans:
         if tokens > (1 - _LEAST_SHARED) * attention_mask.numel():
             return None
         why = f"{len(groups)} prompts, each of which opens rows of its own"
-        return Choice("packed rows" if packs else "shared prefix", why, tokens, groups=tuple(groups))
+        return PlannedPass("packed rows" if packs else "shared prefix", why, tokens, groups=tuple(groups))
 
     def run_together(self, alike: Callable[[int], bool], device: torch.device) -> None:
         """Run from now on as many passes as other processes do, each of which has a part of the layers.
@@ -199,16 +205,16 @@ class Plans:
         """Whether all processes would run so many passes for their batches, where they must run as many."""
         return not self._agrees or self._alike is None or self._alike(passes)
 
-    def _agreed(self, choice: Choice) -> Choice:
+    def _agreed(self, choice: PlannedPass) -> PlannedPass:
         """Return a plan of as many passes as all processes take: of one, where these differ."""
         if self._agrees and choice.context_tokens:
             why = "contexts that are not kept would take passes which other processes lack"
-            choice = Choice("reference", why, choice.tokens)
+            choice = PlannedPass("reference", why, choice.tokens)
         several = choice.plan == "shared prefix"
         if self.agree(sum(1 + bool(group.shared) for group in choice.groups) if several else 1) or not several:
             return choice
         plan: PlanName = "packed rows" if self.may_pack else "reference"
-        return Choice(plan, "another process has a batch of one pass", choice.tokens, groups=choice.groups)
+        return PlannedPass(plan, "another process has a batch of one pass", choice.tokens, groups=choice.groups)
 
     def note(self, plan: PlanName, why: str) -> None:
         """Remember by which plan the latest pass went, and why."""

@@ -104,7 +104,7 @@ class OutputHead:
         """Find out whether the head is plain, by hidden states whose logits are large enough to show what follows it.
 
         Args:
-            run: one forward pass of the model, which returns its logits.
+            run: one forward pass of the model, which returns its logits, ``[B, T, V]``.
         """
         head = self._model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():

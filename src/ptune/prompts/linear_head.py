@@ -71,7 +71,7 @@ class LinearHead(nn.Module):
 
 
 def head_tensors(head: LinearHead | None) -> dict[str, Tensor]:
-    """Return the tensors of a head as files have them, on the CPU, the scale folded away; none where there is none."""
+    """Return a head as files have it: weight ``[C, H]``, scale folded in, and bias ``[C]``, on the CPU; {} for None."""
     if head is None:
         return {}
     weight = head.weight / head.scale

@@ -100,6 +100,9 @@ class VirtualTokens:
             first_id: where their range starts.
             rows: ``[P, H]`` of any float dtype, with or without gradient; ``[P, W]`` for a deep prompt.
             deep: how keys and values lie in the rows of a deep prompt.
+
+        Raises:
+            ValueError: the ids were never allocated.
         """
         if not self.vocabulary_size <= first_id <= self._next_id - len(rows):
             raise ValueError(f"ids {first_id} to {first_id + len(rows) - 1} were never allocated")

@@ -36,5 +36,5 @@ def _kind(renderer: Renderer, token: int, label: int) -> SegmentKind:
 
 def _decoded(renderer: Renderer, kind: SegmentKind, ids: list[int]) -> str:
     if kind == "virtual":
-        return "".join(f"[P{token - renderer.first_virtual_id}]" for token in ids)
+        return "".join(f"[P{token - renderer.virtual_ids.start}]" for token in ids)
     return str(renderer.tokenizer.decode(ids))

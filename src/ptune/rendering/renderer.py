@@ -79,7 +79,7 @@ class Renderer:
     template: Template
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int
-    first_virtual_id: int = -1
+    first_virtual_id: int | None = None
     max_length: int | None = None
     context_limit: int | None = None
     overlong: Overlong = "error"
@@ -91,8 +91,6 @@ class Renderer:
     _stretches: tuple[tuple[int, ...] | _Words | Answer, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.first_virtual_id < 0:
-            object.__setattr__(self, "first_virtual_id", self.vocabulary_size)
         if self.template.has_answer and not (self.kind.answers_anywhere or self.template.ends_with_answer):
             raise TemplateError(
                 f"{{answer}} ends a template, for {self.kind.words} reads from left to right, and more follows in "
@@ -118,11 +116,17 @@ class Renderer:
         object.__setattr__(self, "further", Further.of(self.template, self.tokenizer))
         object.__setattr__(self, "_stretches", tuple(self._compiled(pieces, opening, closing)))
 
+    @property
+    def virtual_ids(self) -> range:
+        """The ids of the template's virtual tokens."""
+        first = self.vocabulary_size if self.first_virtual_id is None else self.first_virtual_id
+        return range(first, first + self.template.num_virtual_tokens)
+
     def _compiled(
         self, pieces: Sequence[Piece], opening: tuple[int, ...], closing: tuple[int, ...]
     ) -> Iterator[tuple[int, ...] | _Words | Answer]:
         """Turn what no record changes into ids, once and for all records."""
-        virtual = self.first_virtual_id
+        virtual = self.virtual_ids.start
         words: list[Text | Field | Optional] = []
         for piece in [*pieces, None]:
             if isinstance(piece, Text | Field | Optional):
@@ -308,9 +312,8 @@ class Renderer:
                 return None
             if self.overlong == "error":
                 raise self._too_long_answer(record, len(ids), room)
-        virtual = range(self.first_virtual_id, self.first_virtual_id + self.template.num_virtual_tokens)
-        labels_kept = (*[IGNORED] * len(virtual), *labels[:room])
-        return Row((*virtual, *ids[:room]), labels_kept, cut=max(0, len(ids) - room))
+        labels_kept = (*[IGNORED] * len(self.virtual_ids), *labels[:room])
+        return Row((*self.virtual_ids, *ids[:room]), labels_kept, cut=max(0, len(ids) - room))
 
     def _values(self, record: Mapping[str, Any]) -> dict[str, str]:
         history = getattr(record, "history", ())

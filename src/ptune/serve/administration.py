@@ -17,7 +17,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from ptune.engine.loaded_prompts import task_of
+from ptune.engine.loaded_prompts import task_of_prompt
 from ptune.errors import OutputError, PtuneError
 from ptune.serve.paths import PROMPTS
 from ptune.serve.protocol import Model, Removed, Upload
@@ -80,7 +80,7 @@ def _read(service: Service, body: Upload) -> SoftPrompt:
         try:
             prompt = SoftPrompt.load(temporary)
             prompt.check(service.engine.backbone)
-            task_of(prompt, service.engine.backbone)  # what cannot be asked is not taken
+            task_of_prompt(prompt, service.engine.backbone)  # what cannot be asked is not taken
         except PtuneError as error:
             message = str(error).replace(f"{temporary}/", "").replace(temporary, "the soft prompt")
             raise RefusedError(400, message, param="description") from error

@@ -14,18 +14,18 @@ from ptune.serve.paths import CLASSIFY, MODELS, TAG
 from ptune.serve.prompts import Served
 from ptune.serve.protocol import Model, ModelList
 from ptune.serve.reading_protocol import (
-    Classification,
     ClassifyRequest,
+    ClassifyResponse,
     Entities,
     Label,
     Labels,
-    Tagging,
     TagRequest,
+    TagResponse,
     Tags,
 )
 from ptune.serve.refusals import RefusedError, check_count
 from ptune.serve.service import Service
-from ptune.tasks import Extraction
+from ptune.tasks.extraction import Extraction
 
 Item = str | list[str] | dict[str, Any]
 """What is asked about: a text, a list of words, or a record."""
@@ -48,7 +48,7 @@ def classify_routes(service: Service) -> APIRouter:
         served = service.folder.find(model)
         return bare if served is None else _model(served)
 
-    @router.post(CLASSIFY, response_model=Classification)
+    @router.post(CLASSIFY, response_model=ClassifyResponse)
     async def classify(request: Request, body: ClassifyRequest) -> Any:
         """Take the likeliest of a soft prompt's labels for each text, or all that are likely where it gives several."""
         served, items = service.folder.find(body.model), _items(service, request, body)
@@ -58,9 +58,9 @@ def classify_routes(service: Service) -> APIRouter:
             Label(index=index, **answer) if "label" in answer else Labels(index=index, **answer)
             for index, answer in enumerate(answers[0].answers)
         ]
-        return Classification(model=body.model, data=data, usage=service.count(request, body.model, answers))
+        return ClassifyResponse(model=body.model, data=data, usage=service.count(request, body.model, answers))
 
-    @router.post(TAG, response_model=Tagging, response_model_exclude_none=True)
+    @router.post(TAG, response_model=TagResponse, response_model_exclude_none=True)
     async def tag(request: Request, body: TagRequest) -> Any:
         """Find the entities of each text: by a tag for every word, or written out by the model and read back."""
         served, items = service.folder.find(body.model), _items(service, request, body)
@@ -75,7 +75,7 @@ def classify_routes(service: Service) -> APIRouter:
             scoring = Scoring(TAG, served, lambda loaded: [_record(loaded, item) for item in items], len(items))
             answers = await service.answers(request, [scoring])
             data = [Tags(index=index, **answer) for index, answer in enumerate(answers[0].answers)]
-        return Tagging(model=body.model, data=data, usage=service.count(request, body.model, answers))
+        return TagResponse(model=body.model, data=data, usage=service.count(request, body.model, answers))
 
     return router
 
@@ -95,7 +95,7 @@ class _Extracted:
     def entities(self, index: int, answer: Written) -> Entities:
         """Return the entities that were written."""
         assert self._task is not None
-        generated = Generated((), answer.text, answer.finished)
+        generated = Generated((), answer.text, answer.finish_reason)
         return Entities(index=index, **self._task.answer_from(self._record, generated))
 
     def _context(self, loaded: LoadedPrompt | None, _new_tokens: int) -> list[int]:

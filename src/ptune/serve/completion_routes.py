@@ -66,7 +66,7 @@ def completion_routes(service: Service) -> APIRouter:
             CompletionChoice(
                 index=number,
                 text=answer.text,
-                finish_reason=answer.finished,
+                finish_reason=answer.finish_reason,
                 logprobs=Spelling(service.engine.backbone.tokenizer).for_completion(answer.logprobs),
             )
             for number, answer in enumerate(answers)
@@ -90,7 +90,7 @@ def completion_routes(service: Service) -> APIRouter:
         answers = await asked.answers()
         message = AnswerMessage(content=answers[0].text)
         logprobs = Spelling(service.engine.backbone.tokenizer).for_chat(answers[0].logprobs)
-        choice = ChatChoice(index=0, message=message, finish_reason=answers[0].finished, logprobs=logprobs)
+        choice = ChatChoice(index=0, message=message, finish_reason=answers[0].finish_reason, logprobs=logprobs)
         return ChatCompletion(**asked.head, choices=[choice], usage=asked.usage(answers))
 
     return router
@@ -110,7 +110,7 @@ class _CompletionEvents:
 
     def end(self, index: int, answer: Written) -> list[BaseModel]:
         logprobs = self._spellings[index].for_completion(answer.untold)
-        return [CompletionChoice(index=index, text="", finish_reason=answer.finished, logprobs=logprobs)]
+        return [CompletionChoice(index=index, text="", finish_reason=answer.finish_reason, logprobs=logprobs)]
 
     def begin(self) -> list[BaseModel]:
         return []
@@ -130,7 +130,7 @@ class _ChatEvents:
 
     def end(self, index: int, answer: Written) -> list[BaseModel]:
         logprobs = self._spelling.for_chat(answer.untold)
-        return [ChatDelta(index=index, delta=Delta(), finish_reason=answer.finished, logprobs=logprobs)]
+        return [ChatDelta(index=index, delta=Delta(), finish_reason=answer.finish_reason, logprobs=logprobs)]
 
     def begin(self) -> list[BaseModel]:
         return [ChatDelta(index=0, delta=Delta(role="assistant", content=""))]

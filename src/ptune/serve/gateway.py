@@ -34,7 +34,7 @@ from ptune.serve.protocol import (
     ModelList,
     Sampling,
 )
-from ptune.serve.reading_protocol import Classification, ClassifyRequest, Tagging, TagRequest
+from ptune.serve.reading_protocol import ClassifyRequest, ClassifyResponse, TagRequest, TagResponse
 from ptune.serve.refusals import RefusedError, check_count, unknown_model
 from ptune.serve.settings import GatewaySettings
 from ptune.serve.upstreams import Upstream, Upstreams
@@ -107,12 +107,12 @@ def _routes(gateway: _Gateway) -> APIRouter:
         """Continue a text, or several: by a soft prompt's template, or with the bare model as they stand."""
         return await gateway.complete(request, body)
 
-    @router.post(CLASSIFY, response_model=Classification)
+    @router.post(CLASSIFY, response_model=ClassifyResponse)
     async def classify(request: Request, body: ClassifyRequest) -> Any:
         """Take the likeliest of a soft prompt's labels for each text; where servers of ptune stand behind."""
         return await gateway.read(request, CLASSIFY, body)
 
-    @router.post(TAG, response_model=Tagging)
+    @router.post(TAG, response_model=TagResponse)
     async def tag(request: Request, body: TagRequest) -> Any:
         """Find the entities of each text by a soft prompt; where servers of ptune stand behind."""
         return await gateway.read(request, TAG, body)

@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Literal
 from typing_extensions import Self
 
 from ptune.engine.engine import Engine, LoadedPrompt
-from ptune.generation.answers import Answer, Listener
+from ptune.generation.growing_text import GrowingText, Listener
 from ptune.generation.sampling import Generated, GenerationOptions, TokenLogprob
 from ptune.serve.contexts import context_of
 from ptune.serve.prompts import Served
 from ptune.serve.refusals import check_path
-from ptune.tasks import Generation
+from ptune.tasks.generation import Generation
 from ptune.tasks.reading import ReadingTask
 
 
@@ -39,7 +39,7 @@ class Written:
     """A continuation with its tokens counted."""
 
     text: str
-    finished: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -175,7 +175,7 @@ class Writing(Job):
         self._max_new_tokens, self._most_new_tokens = max_new_tokens, most_new_tokens
         self._on_piece = on_piece
         self._untold: list[TokenLogprob] = []
-        self._answer: Answer | None = None
+        self._answer: GrowingText | None = None
 
     def prepare(self, engine: Engine, loaded: LoadedPrompt | None) -> None:
         """Render the context, and see how much room it leaves."""
@@ -192,10 +192,10 @@ class Writing(Job):
             on_logprobs=self._keep if self._on_piece else None,
         )
         options = self._options.model_copy(update={"max_new_tokens": length})
-        self._answer = Answer(engine.backbone, context, options, listener)
+        self._answer = GrowingText(engine.backbone, context, options, listener)
 
     @property
-    def text(self) -> Answer:
+    def text(self) -> GrowingText:
         """What is written; once it is prepared."""
         assert self._answer is not None
         return self._answer
@@ -209,7 +209,7 @@ class Writing(Job):
 
     def _finish(self, generated: Generated) -> None:
         read, wrote = len(self.text.context), len(generated.ids)
-        self.answer(Written(generated.text, generated.finished, read, wrote, generated.logprobs, self._told()))
+        self.answer(Written(generated.text, generated.finish_reason, read, wrote, generated.logprobs, self._told()))
 
     def _told(self) -> tuple[TokenLogprob, ...] | None:
         """Return the log-probabilities that came since, and forget them."""

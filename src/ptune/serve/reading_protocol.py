@@ -46,7 +46,7 @@ class Labels(BaseModel):
     probabilities: dict[str, float]
 
 
-class Classification(BaseModel):
+class ClassifyResponse(BaseModel):
     """Answer of ``/v1/classify``."""
 
     object: Literal["list"] = "list"
@@ -83,12 +83,12 @@ class Entities(BaseModel):
 
     index: int
     text: str
-    finished: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length"]
     spans: list[Span]
     dropped: int
 
 
-class Tagging(BaseModel):
+class TagResponse(BaseModel):
     """Answer of ``/v1/tag``."""
 
     object: Literal["list"] = "list"

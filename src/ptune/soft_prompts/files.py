@@ -136,7 +136,7 @@ def end_save(folder: Path, description: Description) -> None:
 
 
 def read_soft_prompt(folder: Path) -> tuple[Tensor, LinearHead | None, Description]:
-    """Return the virtual tokens as they are stored, the linear head if there is one, and what belongs to them.
+    """Return the virtual tokens as they are stored, ``[P, H]`` or ``[P, W]``, the linear head if any, and the rest.
 
     Raises:
         SoftPromptError: no such folder, no soft prompt in it, written by a newer ptune, or altered or cut short.

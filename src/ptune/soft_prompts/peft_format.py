@@ -91,7 +91,7 @@ def write_peft_adapter(
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def key_value_shape(config: Mapping[str, Any]) -> KeyValueShape | None:
+def shape_of_adapter(config: Mapping[str, Any]) -> KeyValueShape | None:
     """Return how keys and values lie in the rows of a prefix-tuning adapter; None for other adapters.
 
     Raises:
@@ -118,7 +118,7 @@ def remove_peft_adapter(folder: str | Path) -> None:
 def read_peft_adapter(folder: str | Path) -> tuple[Tensor, dict[str, Any]]:
     """Return the virtual tokens ``[P, H]`` float32 of an adapter that PEFT saved, and its config.
 
-    Those of prefix tuning are keys and values, ``[P, W]``; `key_value_shape` says how they lie in a row.
+    Those of prefix tuning are keys and values, ``[P, W]``; `shape_of_adapter` says how they lie in a row.
 
     P-tuning (MLP or LSTM), prompt tuning and prefix tuning for causal language models; a finished adapter and a
     checkpoint of a training run hold the same.
@@ -138,7 +138,7 @@ def read_peft_adapter(folder: str | Path) -> tuple[Tensor, dict[str, Any]]:
     tensors = read_tensors(path, SoftPromptError)
     _check_keys(path, tensors)
     rows = tensors[_KEY]
-    deep = key_value_shape(config)
+    deep = shape_of_adapter(config)
     expected = (config.get("num_virtual_tokens"), config.get("token_dim") if deep is None else deep.row_width)
     if tuple(rows.shape) != expected:
         raise SoftPromptError(

@@ -38,8 +38,8 @@ from ptune.soft_prompts.files import (
     read_soft_prompt,
 )
 from ptune.soft_prompts.model_card import write_model_card
-from ptune.soft_prompts.peft_format import key_value_shape, read_peft_adapter, remove_peft_adapter, write_peft_adapter
-from ptune.tasks import default_overlong
+from ptune.soft_prompts.peft_format import read_peft_adapter, remove_peft_adapter, shape_of_adapter, write_peft_adapter
+from ptune.tasks.registry import default_overlong
 from ptune.template import Template, Virtual
 
 
@@ -344,7 +344,7 @@ def import_peft(
             f'the adapter "{folder}" has {count} virtual tokens and the template {expected}; write [P*{count}] where '
             "PEFT set them, before everything else"
         )
-    deep = key_value_shape(config)
+    deep = shape_of_adapter(config)
     if deep is not None:
         check_shape(deep, backbone)
     elif width != backbone.hidden_size:

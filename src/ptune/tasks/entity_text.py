@@ -63,7 +63,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ParsedEntities:
     """What was read out of an answer.
 
     Attributes:
@@ -98,10 +98,10 @@ class EntityText:
         entities = [f"{self.types[span.type]}{_BEHIND_TYPE} {passage.mention(span)}" for span in sorted(spans)]
         return self.separator.join(entities) or self.none
 
-    def read(self, passage: Passage, text: str) -> Reading:
+    def read(self, passage: Passage, text: str) -> ParsedEntities:
         """Return the spans that a text mentions."""
         if text.strip() == self.none:
-            return Reading((), 0, 0, parses=True)
+            return ParsedEntities((), 0, 0, parses=True)
         mentions = self._mentions(passage, text)
         types = {word: kind for kind, word in self.types.items()}
         found: list[Span] = []
@@ -116,7 +116,7 @@ class EntityText:
             else:
                 found.append(Span(*units, types[word]))
         parses = bool(mentions) and not unknown and all(mention for _, mention in mentions)
-        return Reading(tuple(sorted(set(found))), unknown, missing, parses)
+        return ParsedEntities(tuple(sorted(set(found))), unknown, missing, parses)
 
     def _mentions(self, passage: Passage, text: str) -> list[tuple[str, str]]:
         """Return word and mention of each entity; one that holds the separator in the record too is not cut there."""

@@ -16,7 +16,7 @@ from ptune.generation.generate import Generated
 from ptune.models.backbone import Backbone
 from ptune.rendering.filling import lacking, location
 from ptune.rendering.renderer import Renderer
-from ptune.tasks.entity_text import EntityText, Passage, Reading
+from ptune.tasks.entity_text import EntityText, ParsedEntities, Passage
 from ptune.tasks.generation import Generation
 from ptune.tasks.metrics import prediction_share
 from ptune.tasks.spans import Span, scheme_of, spans_of
@@ -83,7 +83,7 @@ class Extraction(Generation):
         return sorted(spans)
 
     def answer_from(self, record: Mapping[str, Any], generated: Generated) -> dict[str, Any]:
-        """Return ``text``, ``finished``, the ``spans`` in it, and how many mentions were ``dropped``."""
+        """Return ``text``, ``finish_reason``, the ``spans`` in it, and how many mentions were ``dropped``."""
         passage = self.passage(record)
         reading = self._words.read(passage, generated.text)
         spans = [
@@ -138,7 +138,7 @@ class Extraction(Generation):
         return spans
 
 
-def extraction_scores(readings: Sequence[Reading], targets: Sequence[Sequence[Span]]) -> dict[str, float]:
+def extraction_scores(readings: Sequence[ParsedEntities], targets: Sequence[Sequence[Span]]) -> dict[str, float]:
     """Return micro F1, precision and recall of spans, the share of answers that parse, and counts of what was dropped.
 
     ``exact_match`` is how many records are given all of their entities and no other. Of nothing said, the precision is

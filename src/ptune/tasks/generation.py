@@ -110,13 +110,13 @@ class Generation(Task):
     def predict(
         self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int = 32
     ) -> list[dict[str, Any]]:
-        """Return for each record its ``text``, greedily decoded, and whether it ended by itself (``finished``)."""
+        """Return for each record its ``text``, greedily decoded, and why that ended, ``stop`` or ``length``."""
         answers = self.written(backbone, records, batch_size=batch_size)
         return [self.answer_from(record, answer) for record, answer in zip(records, answers, strict=True)]
 
     def answer_from(self, record: Mapping[str, Any], generated: Generated) -> dict[str, Any]:
         """Return what `predict` says of a record for which this was written."""
-        return {"text": generated.text, "finished": generated.finished}
+        return {"text": generated.text, "finish_reason": generated.finish_reason}
 
     def written(self, backbone: Backbone, records: Sequence[Mapping[str, Any]], *, batch_size: int) -> list[Generated]:
         """Return what is written for each record, greedily decoded, in order."""

@@ -57,7 +57,7 @@ class ReadingTask(Task):
         )
 
     def read(self, forward: Forward, rows: Sequence[Row], pad_id: int) -> Tensor:
-        """Return what `asked` asks for, by one forward pass."""
+        """Return what `asked` asks for, by one forward pass: ``[S, V]``, ``[S, C]`` or ``[S, H]``."""
         return self.asked(rows, pad_id).of(forward)
 
     def head_scores(self, states: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class ScoringTask(ReadingTask):
     def answers_from(
         self, records: Sequence[Mapping[str, Any]], scores: Sequence[Tensor], backbone: Backbone
     ) -> list[dict[str, Any]]:
-        """Return what `predict` says of records, at least one, by the scores of each as `scores_read` gives them.
+        """Return what `predict` says of records, at least one, by the scores ``[C]`` of each, of `scores_read`.
 
         They are corrected here, all at once: what that reads of the model it reads once.
         """

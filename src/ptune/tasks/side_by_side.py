@@ -20,18 +20,27 @@ from ptune.models.backbone import Backbone
 from ptune.pretrained.losses import next_token_labels, summed_loss
 from ptune.pretrained.output_head import Wanted
 from ptune.rendering.batch import IGNORED
-from ptune.tasks import Asked
+from ptune.tasks.task import Asked
 
 _BUSY = 2048
 """Tokens of one pass that keep a processor busy: with more, what layers hand on no longer lies in memory at hand."""
 
 
 def answer_side_by_side(backbone: Backbone, asked: Sequence[Asked]) -> list[Tensor]:
-    """Return what `Asked.of` gives for each question, from one forward pass over the rows of all."""
+    """Return what `Asked.of` gives for each question, from one forward pass over the rows of all.
+
+    Returns:
+        For each its loss, a scalar, its logits ``[N, V]`` or ``[N, C]``, or its hidden states ``[N, H]``.
+
+    Raises:
+        ValueError: some ask for hidden states and some do not.
+    """
+    if len({one.states for one in asked}) > 1:
+        raise ValueError("one forward pass gives hidden states or logits, and both are asked for; ask apart")
     wanted = [_wanted(one, backbone.kind) for one in asked]
     ids, mask, positions = stacked_rows(asked, backbone.kind)
     withheld = backbone.may_withhold and all(one.labels is not None or one.columns is not None for one in asked)
-    what: Wanted = "final states" if all(one.states for one in asked) else "head inputs" if withheld else "logits"
+    what: Wanted = "final states" if asked[0].states else "head inputs" if withheld else "logits"
     outputs = backbone.outputs(ids, mask, positions, what)  # [N, V], or [N, H]
     parts = outputs.split([int(places.sum()) for _, places in wanted])
     answers = []

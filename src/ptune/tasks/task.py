@@ -62,7 +62,7 @@ class Asked:
     states: bool = False
 
     def of(self, forward: Forward) -> Tensor:
-        """Return what a model answers."""
+        """Return what a model answers: a scalar, ``[N, V]``, ``[N, C]`` or ``[N, H]``, as `Forward` has it."""
         return forward(
             self.input_ids,
             self.attention_mask,

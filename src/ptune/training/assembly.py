@@ -27,8 +27,9 @@ from ptune.records.data import data_hash, draw, draw_shots, has_split, load_reco
 from ptune.records.record import Record
 from ptune.rendering.chat_template import in_chat
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Example, Task, completed, task_for
 from ptune.tasks.reading import ReadingTask
+from ptune.tasks.registry import completed, task_for
+from ptune.tasks.task import Example, Task
 from ptune.template import SYSTEM, Template
 
 _EXAMPLES_FOR_SCALE = 8
@@ -91,7 +92,7 @@ def assemble(
     config = config.model_copy(update={"task": task_settings})
     prompted = PromptedModel(backbone, build_prompt_encoder(config, backbone, template))
     try:
-        task = build_task(config, template, backbone, prompted.first_virtual_id)
+        task = task_of_run(config, template, backbone, prompted.first_virtual_id)
         task.max_tokens = config.training.max_tokens_per_batch
         examples = [example for record in train if (example := task.example(record)) is not None]
         scored = sum(task.example(record) is not None for record in dev)  # mistakes in dev show before the first step
@@ -153,8 +154,8 @@ def template_for(config: RunConfig, backbone: Backbone) -> Template:
     return in_chat(template, backbone.tokenizer, config.prompt.system) if config.prompt.chat else template
 
 
-def build_task(config: RunConfig, template: Template, backbone: Backbone, first_virtual_id: int = -1) -> Task:
-    """Return the run's task on this backbone, its virtual tokens at ids from ``first_virtual_id`` on."""
+def task_of_run(config: RunConfig, template: Template, backbone: Backbone, first_virtual_id: int | None = None) -> Task:
+    """Return the run's task on this backbone, its virtual tokens from ``first_virtual_id`` on (V if absent)."""
     prompt = config.prompt
     return task_for(
         backbone,

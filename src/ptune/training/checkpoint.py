@@ -96,6 +96,8 @@ def load_checkpoint(
 ) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
     """Put the state of `save_checkpoint` where it came from; return progress, the best tensors and random state.
 
+    Tensors are of any shape, as they were saved.
+
     Raises:
         ConfigError: the run began with another origin: other records, or another model.
         TrainingError: the file is damaged, is of another ptune's form, or was written by a run with another encoder or
@@ -125,7 +127,7 @@ def load_checkpoint(
 
 
 def random_state() -> dict[str, Tensor]:
-    """Return the state of torch's random generators, of every device that is in use."""
+    """Return the state of torch's random generators, of every device that is in use: uint8 of shape [bytes]."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -14,8 +14,10 @@ from typing import Any
 
 from ptune.generation.generate import GenerationOptions, generate
 from ptune.models.backbone import Backbone
-from ptune.tasks import Extraction, Generation, Task
+from ptune.tasks.extraction import Extraction
+from ptune.tasks.generation import Generation
 from ptune.tasks.reading import ReadingTask
+from ptune.tasks.task import Task
 from ptune.training.assembly import Parts
 
 _QUESTION = "Which animals live in the sea?"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptune.config.candidates import Candidate
-from ptune.tasks import Asked, Example
+from ptune.tasks.task import Asked, Example
 from ptune.training.checkpoint import random_state, set_random_state
 from ptune.training.learner import Learner
 from ptune.training.reporting import Reporter

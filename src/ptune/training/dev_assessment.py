@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from accelerate.utils import broadcast_object_list
 
-from ptune.tasks import Assessment, ScoringTask
 from ptune.tasks.calibration import fit_temperature
+from ptune.tasks.scoring import ScoringTask
+from ptune.tasks.task import Assessment
 from ptune.training.assembly import Parts
 
 

@@ -16,7 +16,7 @@ from ptune.errors import TrainingError
 from ptune.prompts.linear_head import head_from, head_tensors
 from ptune.rendering.batch import within_budget
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Example
+from ptune.tasks.task import Example
 from ptune.training.assembly import Parts
 from ptune.training.checkpoint import Progress, random_state
 from ptune.training.reporting import Reporter

@@ -12,7 +12,7 @@ from typing import Any
 from ptune.config.candidates import Candidate
 from ptune.config.run import RunConfig
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Assessment
+from ptune.tasks.task import Assessment
 from ptune.training.assembly import Parts
 from ptune.training.checkpoint import Progress
 from ptune.training.comparison import Comparison

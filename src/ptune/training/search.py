@@ -25,13 +25,13 @@ from torch import Tensor
 
 from ptune.config.candidates import SearchConfig, candidates_of
 from ptune.config.run import RunConfig
-from ptune.errors import ConfigError, TrainingError
+from ptune.errors import ConfigError, Stopped, TrainingError
 from ptune.files import write_json
 from ptune.models.backbone import Backbone
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Asked
 from ptune.tasks.side_by_side import answer_side_by_side, one_forward_each
+from ptune.tasks.task import Asked
 from ptune.training.assembly import assemble, read_records
 from ptune.training.checkpoint import random_state, save_checkpoint, set_random_state
 from ptune.training.contender import Contender
@@ -42,7 +42,7 @@ from ptune.training.learner import Learner
 from ptune.training.rehearsal import rehearse
 from ptune.training.reporting import SearchReporter
 from ptune.training.run_folder import CANDIDATES, SETTINGS, RunFolder
-from ptune.training.stopping import Stopped, stop_signal
+from ptune.training.stopping import stop_signal
 
 
 def search(

@@ -10,10 +10,6 @@ from types import FrameType
 from typing import Any
 
 
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, and has saved where it stands."""
-
-
 @contextmanager
 def stop_signal() -> Iterator[threading.Event]:
     """Turn Ctrl-C and SIGTERM into an event while the block runs; a second Ctrl-C stops at once."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from ptune import __version__
 from ptune.config.run import RunConfig
-from ptune.tasks import Task
+from ptune.tasks.task import Task
 from ptune.training.assembly import Parts
 from ptune.training.checkpoint import Progress
 

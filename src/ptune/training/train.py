@@ -21,12 +21,12 @@ from accelerate.state import is_initialized
 from accelerate.utils import parse_flag_from_env
 
 from ptune.config.run import RunConfig
-from ptune.errors import ConfigError, MissingExtraError
+from ptune.errors import ConfigError, MissingExtraError, Stopped
 from ptune.models.backbone import Backbone
 from ptune.pretrained.loading import find_device
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.tasks import Example
+from ptune.tasks.task import Example
 from ptune.training.assembly import Parts, assemble, read_records
 from ptune.training.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from ptune.training.dev_assessment import assess_dev
@@ -36,7 +36,7 @@ from ptune.training.learner import Learner
 from ptune.training.rehearsal import rehearse
 from ptune.training.reporting import Reporter
 from ptune.training.run_folder import RunFolder
-from ptune.training.stopping import Stopped, stop_signal
+from ptune.training.stopping import stop_signal
 
 
 def train(

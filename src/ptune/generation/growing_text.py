@@ -42,7 +42,7 @@ class Listener:
     on_logprobs: Callable[[tuple[TokenLogprob, ...]], Any] | None = None
 
 
-class Answer:
+class GrowingText:
     """One text that is being written.
 
     Attributes:
