@@ -126,7 +126,7 @@ def test_a_name_for_each_record(backbone: Backbone) -> None:
     with Engine(backbone) as engine:
         engine.add("one", sentiment(backbone))
         assert engine.predict([], []) == []
-        with pytest.raises(SoftPromptError, match="there are 1 names for 2 records; give one for each"):
+        with pytest.raises(DataError, match="there are 1 names for 2 records; give one for each"):
             engine.predict(["one"], [{"text": "a"}, {"text": "b"}])
 
 
@@ -228,7 +228,7 @@ def test_unknown_prompts_and_templates_of_several_fields_are_named(backbone: Bac
             match=r'no soft prompt "sentimet" is loaded \(loaded: sentiment, chat\)\. Did you mean "sentiment"\?',
         ):
             engine.classify("sentimet", TEXTS)
-        with pytest.raises(SoftPromptError, match='"chat" has the fields instruction, input; give records to predict'):
+        with pytest.raises(SoftPromptError, match='the task of "chat" is generation, and classify.* takes one with labels'):
             engine.classify("chat", TEXTS)
 
 

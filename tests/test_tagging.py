@@ -293,7 +293,7 @@ def test_the_text_is_what_the_template_shows(tmp_path: Path) -> None:
         assert engine.predict("one", [{"kind": "menu", "tokens": "soup, please"}])[0]["tokens"] == [
             *("soup", ",", "please")
         ]
-        with pytest.raises(SoftPromptError, match="has the fields kind, tokens; give records to predict"):
+        with pytest.raises(DataError, match="has the fields kind, tokens; give records to predict"):
             engine.tag("one", ["soup"])
         with pytest.raises(DataError, match="got a single text; write"):
             engine.tag("one", "soup")
