@@ -228,7 +228,7 @@ def test_unknown_prompts_and_templates_of_several_fields_are_named(backbone: Bac
             match=r'no soft prompt "sentimet" is loaded \(loaded: sentiment, chat\)\. Did you mean "sentiment"\?',
         ):
             engine.classify("sentimet", TEXTS)
-        with pytest.raises(SoftPromptError, match='the task of "chat" is generation, and classify.* takes one with labels'):
+        with pytest.raises(SoftPromptError, match='task of "chat" is generation, and classify.* takes one with labels'):
             engine.classify("chat", TEXTS)
 
 
