@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import ENCODER_DECODER_FAMILIES, FAMILIES, tiny_model, tiny_tokenizer
 
+from ptune.errors import ConfigError
 from ptune.generation.generate import Generated, GenerationOptions, Writer, generate
 from ptune.generation.growing_cache import GrowingCache
 from ptune.generation.growing_text import GrowingText, Listener
@@ -193,3 +194,53 @@ def test_rows_of_a_cache_keep_their_own_whoever_joins_and_leaves() -> None:
     cache.join([(part(6, 1),)])
     names = [6]
     step()
+
+
+def test_a_text_that_fails_leaves_and_its_neighbours_go_on() -> None:
+    backbone, heard = backbone_of(), []
+    contexts, options = TEXTS[:3], GenerationOptions(max_new_tokens=9)
+    expected = generate(backbone, contexts, options)
+
+    def fail(text: str) -> None:
+        heard.append(text)
+        if len(heard) == 3:
+            raise OSError("the pipe is closed")
+
+    writer = Writer(backbone)
+    texts = [GrowingText(backbone, one, options) for one in contexts]
+    texts[1] = GrowingText(backbone, contexts[1], options, Listener(on_text=fail))
+    writer.join(texts)
+    while len(writer):
+        writer.step()
+    assert [text.result for text in texts] == [expected[0], None, expected[2]]
+    assert isinstance(texts[1].error, OSError)
+    heard.clear()
+    with pytest.raises(OSError, match="the pipe is closed"):
+        generate(backbone, contexts, options, on_text=lambda number, text: fail(text) if number == 1 else None)
+
+
+def test_where_some_cannot_begin_none_has_begun() -> None:
+    model = tiny_model("mistral")
+    model.config.sliding_window = 16
+    backbone = Backbone(model, tiny_tokenizer("mistral"), "mistral")
+
+    def fail(text: str) -> None:
+        raise OSError("the pipe is closed")
+
+    short = GrowingText(backbone, TEXTS[3], GenerationOptions(max_new_tokens=4))
+    long = GrowingText(backbone, TEXTS[2], GenerationOptions(max_new_tokens=30), Listener(on_text=fail))
+    writer = Writer(backbone)
+    hook = model.register_forward_pre_hook(raises_for_several_tokens)
+    with pytest.raises(RuntimeError, match="no memory"):
+        writer.join([short, long])
+    hook.remove()
+    assert (len(writer), short.result) == (0, None)
+
+
+def raises_for_several_tokens(_module: Any, _arguments: Any, named: dict[str, Any] | None = None) -> None:
+    raise RuntimeError("no memory")
+
+
+def test_as_many_texts_at_once_as_is_possible() -> None:
+    with pytest.raises(ConfigError, match="batch_size must be at least 1 and is 0; raise it"):
+        generate(backbone_of(), TEXTS, batch_size=0)

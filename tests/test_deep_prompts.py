@@ -262,6 +262,9 @@ def test_attention_that_would_lose_sight_of_it_is_refused() -> None:
     with pytest.raises(BackboneError, match="reads back 8 tokens, and a row of 14"):
         deep(ids, mask, labels=labels)
     assert deep(ids[:, :8], mask[:, :8], labels=labels[:, :8]).isfinite()
+    context = [*range(deep.first_virtual_id, deep.first_virtual_id + P), 9, 10]
+    written = generate(deep.backbone, [context], GenerationOptions(max_new_tokens=20))[0]
+    assert (len(written.ids), written.finish_reason) == (8 - P - 2, "length")
 
 
 def test_every_token_of_text_but_the_first_has_a_log_probability() -> None:

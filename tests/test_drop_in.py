@@ -477,6 +477,10 @@ REFUSED: list[tuple[Callable[[PrefixedModel], Any], str]] = [
         "generate cannot take prompt_lookup_num_tokens together with virtual tokens; leave it out",
     ),
     (
+        lambda model: model.generate(torch.tensor([[5]]), token_healing=True),
+        "generate cannot take token_healing together with virtual tokens; leave it out",
+    ),
+    (
         lambda model: model.generate(torch.tensor([[3, 5], [6, 7]])),
         "generate expected an attention_mask for a batch with pads; pass that of the tokenizer",
     ),

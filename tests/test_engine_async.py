@@ -175,3 +175,27 @@ def test_closing_the_engine_calls_off_a_text_that_was_not_yet_looked_at(engine: 
 def test_a_mistake_comes_to_the_one_who_waits(engine: Engine) -> None:
     with pytest.raises(DataError, match="the bare model continues a text"):
         asyncio.run(engine.agenerate(None, {"text": "a"}))
+
+
+def test_a_loop_that_is_closed_takes_no_other_text_with_it(engine: Engine) -> None:
+    options = GenerationOptions(max_new_tokens=60)
+    expected = engine.generate("answer", TEXTS[0], options)
+    found: list[Any] = []
+
+    def ask() -> None:
+        found.append(asyncio.run(engine.agenerate("answer", TEXTS[0], options)))
+
+    async def leave_at_once() -> None:
+        task = asyncio.ensure_future(engine.agenerate("answer", TEXTS[1], options, on_text=lambda text: None))
+        await asyncio.sleep(0.01)
+        tasks.append(task)
+
+    tasks: list[Any] = []
+    for _ in range(5):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(leave_at_once())
+        loop.close()
+        thread.join()
+    assert found == [expected] * 5

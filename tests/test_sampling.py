@@ -58,6 +58,18 @@ def test_threads_with_seeds_do_not_disturb_each_other_nor_torch_s_generator() ->
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("cold", [1e-5, 1e-6, 1e-20, 1e-38, 1e-60])
+def test_the_colder_the_likelier_down_to_greedy(backbone: Backbone, cold: float) -> None:
+    greedy = generate(backbone, contexts(backbone), GenerationOptions(max_new_tokens=12))
+    options = GenerationOptions(max_new_tokens=12, do_sample=True, temperature=cold, seed=1)
+    assert generate(backbone, contexts(backbone), options) == greedy
+
+
+def test_a_penalty_that_pushes_scores_over_the_edge_still_draws(backbone: Backbone) -> None:
+    options = GenerationOptions(max_new_tokens=12, do_sample=True, repetition_penalty=1e-38, seed=1)
+    assert all(len(answer.ids) == 12 for answer in generate(backbone, contexts(backbone), options))
+
+
 def test_the_ends_of_the_range_of_seeds_draw(backbone: Backbone) -> None:
     for seed in (-(2**63), -1, 2**63 - 1):
         generate(backbone, contexts(backbone), GenerationOptions(max_new_tokens=2, seed=seed, **SAMPLED))

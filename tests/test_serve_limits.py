@@ -166,6 +166,15 @@ def test_bytes_that_are_no_request(served: Served, content: bytes, status: int) 
         assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", None])
+def test_a_body_under_another_type_is_told_which_to_send(served: Served, kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    content = b'{"model": "answer", "prompt": "a"}'
+    answer = served.http.post("/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert "send one, under Content-Type: application/json" in answer.json()["error"]["message"]
+
+
 def test_unknown_paths_and_methods(served: Served) -> None:
     for answer, status in ((served.http.get("/v1/embeddings"), 404), (served.http.get("/v1/classify"), 405)):
         assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")

@@ -22,6 +22,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.errors import OutputError, SoftPromptError
 from ptune.models.backbone import Backbone
+from ptune.soft_prompts.library import read_library
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 
@@ -251,6 +252,29 @@ def test_a_save_that_fails_leaves_the_soft_prompt_before_it(tmp_path: Path, gpt2
     make(gpt2, rows=torch.zeros(4, 32)).save(tmp_path)
     assert not SoftPrompt.load(tmp_path).rows.any()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        ({"before": 3}, "summary: takes names with values as before"),
+        ({"after": [0.5]}, "summary: takes names with values as after"),
+        ({"metric": {"a": 1}}, "summary: takes a text as metric"),
+    ],
+)
+def test_a_summary_that_readers_would_stumble_on_is_neither_written_nor_read(
+    tmp_path: Path, gpt2: Backbone, summary: dict[str, Any], said: str
+) -> None:
+    prompt = make(gpt2)
+    prompt.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match=rf'cannot write "\S+ptune\.json": {said}'):
+        make(gpt2, rows=torch.ones(4, 32), summary=summary).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    edit(tmp_path, lambda values: values["summary"].update(summary))
+    with pytest.raises(SoftPromptError, match=said):
+        SoftPrompt.load(tmp_path)
+    assert said in str(read_library(tmp_path)[0].mistake)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, gpt2: Backbone) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
@@ -79,3 +81,29 @@ def test_all_that_is_read_and_all_before_it_stays(rows: list[list[tuple[int, boo
 
 def last_true(row: Tensor) -> int | None:
     return int(row.nonzero().max()) if bool(row.any()) else None
+
+
+def test_another_thread_s_passes_are_left_alone() -> None:
+    backbone = Backbone(tiny_model("llama"), tiny_tokenizer(), "llama")
+    ids = torch.randint(4, 340, (4, 20), generator=torch.Generator().manual_seed(1))
+    others = torch.randint(4, 340, (8, 40), generator=torch.Generator().manual_seed(2))
+    positions = torch.zeros_like(ids, dtype=torch.bool)
+    positions[:, 9] = True
+    with torch.no_grad():
+        expected = backbone.model(input_ids=others).logits
+    done = threading.Event()
+
+    def ask() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                backbone.logits(ids, torch.ones_like(ids), positions)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        with torch.no_grad():
+            for _ in range(100):
+                torch.testing.assert_close(backbone.model(input_ids=others).logits, expected)
+    finally:
+        done.set()
+        thread.join()

@@ -37,6 +37,7 @@ _REFUSED = {
     "inputs_embeds": None,
     "past_key_values": None,
     "prompt_lookup_num_tokens": None,
+    "token_healing": False,
 }
 
 

@@ -8,7 +8,6 @@ Knows nothing of training or HTTP.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -343,8 +342,6 @@ class Engine:
 
         Texts that are asked for meanwhile join it, and share its passes. Cancelled, it ends at the next token.
         """
-        loop = asyncio.get_running_loop()
-        tell = None if on_text is None else lambda text: loop.call_soon_threadsafe(on_text, text)
         held: list[LoadedPrompt] = []
 
         def begin() -> tuple[list[int], GenerationOptions]:
@@ -357,7 +354,7 @@ class Engine:
             for loaded in held:
                 self.let_go(loaded)
 
-        return await self._writing.write(begin, end, tell)
+        return await self._writing.write(begin, end, on_text)
 
     def record_for(self, name: str, text: str, others: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the record in which a text stands for the template's first field, that of a system message apart.

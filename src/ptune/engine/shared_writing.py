@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 from ptune.engine.thread import EngineThread
 from ptune.generation.generate import Writer
@@ -70,9 +70,16 @@ class SharedWriting:
         Args:
             begin: returns the ids to continue and how, in the thread.
             end: called there when the text has ended, if it began.
-            on_text: gets each piece of text, in the thread.
+            on_text: gets each piece of text, in the event loop.
         """
-        text = _Text(begin, end, on_text)
+        loop = asyncio.get_running_loop()
+
+        def tell(piece: str) -> None:
+            if on_text is not None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens
+                    loop.call_soon_threadsafe(on_text, piece)
+
+        text = _Text(begin, end, tell if on_text else None)
         taken = self._thread.submit(lambda: self._take(text))
         taken.add_done_callback(lambda done: done.cancelled() and text.future.cancel())  # nobody will take it
         return await asyncio.wrap_future(text.future)
@@ -134,12 +141,14 @@ class SharedWriting:
             except BaseException as error:
                 self._break_off(self._growing, error)
                 self._growing, self._writer = [], Writer(self._backbone)
-        ended = [text for text in self._growing if text.writing.result is not None]
-        self._growing = [text for text in self._growing if text.writing.result is None]
+        ended = [text for text in self._growing if text.writing.ended]
+        self._growing = [text for text in self._growing if not text.writing.ended]
         for text in ended:
+            if text.writing.result is None:
+                self._break_off([text], cast(Exception, text.writing.error))
+                continue
             text.end()
             with contextlib.suppress(InvalidStateError):
-                assert text.writing.result is not None
                 text.future.set_result(text.writing.result)
 
     def _break_off(self, texts: list[_Text], error: BaseException) -> None:

@@ -53,7 +53,7 @@ class Decoding:
         logits, read = self._backbone.plans.read(rest, pasts)
         tokens = _choose(answers, logits)
         parts = [(before, own) for before, own in zip(pasts, read, strict=True)] if pasts else [(own,) for own in read]
-        going = [number for number, answer in enumerate(answers) if answer.result is None]
+        going = [number for number, answer in enumerate(answers) if not answer.ended]
         if going:
             self._cache.join([parts[number] for number in going])
             self._answers += [answers[number] for number in going]
@@ -70,7 +70,7 @@ class Decoding:
         self._cache.grew()
         self._tokens = _choose(self._answers, logits)
         for row in reversed(range(len(self._answers))):
-            if self._answers[row].result is not None:
+            if self._answers[row].ended:
                 self._cache.leave(row)
                 self._answers[row], self._tokens[row] = self._answers[-1], self._tokens[-1]  # as the cache does
                 self._answers.pop()

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ptune.errors import BackboneError
+from ptune.errors import BackboneError, ConfigError
 from ptune.families import ENCODER_DECODER
 from ptune.generation.decoding import Decoding
 from ptune.generation.growing_text import GrowingText, Listener, end_ids
@@ -62,9 +62,12 @@ def generate(
         One continuation a context, in their order.
 
     Raises:
+        ConfigError: no context may be decoded at once.
         BackboneError: the model writes no text, or a context, its virtual tokens counted, leaves no room in the
             backbone's limit; or it opens with a deep prompt and has no text, or no cache may be kept for it.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1 and is {batch_size}; raise it")
     if options is None or isinstance(options, GenerationOptions):
         options = [_of_number(options or GenerationOptions(), number) for number in range(len(contexts))]
 
@@ -83,6 +86,9 @@ def generate(
             writer.join(waiting[:free])
             waiting = waiting[free:]
         writer.step()
+        for answer in answers:
+            if answer.error is not None:
+                raise answer.error
     return [answer.result for answer in answers if answer.result is not None]
 
 
@@ -114,10 +120,10 @@ class Writer:
         whole: list[GrowingText] = []
         for answer in answers:
             (growing if self._use_cache and self._decoding.takes(answer) else whole).append(answer)
+        for batch in _alike(whole):  # first: where that fails, none has begun to grow
+            _write_whole(self._backbone, batch, self._use_cache)
         if growing:
             self._decoding.join(growing)
-        for batch in _alike(whole):
-            _write_whole(self._backbone, batch, self._use_cache)
 
     def step(self) -> None:
         """Write one more token of each text."""
@@ -192,7 +198,7 @@ class _Choice(LogitsProcessor):
         """Return scores ``[B, V]``, minus infinity but for one token of each text that still grows."""
         chosen = scores.argmax(-1)
         for row, answer in enumerate(self._answers):
-            if answer.result is None:
+            if not answer.ended:
                 chosen[row] = answer.grow(scores[row], int(chosen[row]))
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
 
@@ -205,4 +211,4 @@ class _Ended(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         """Return ``[B]`` bool."""
-        return torch.tensor([answer.result is not None for answer in self._answers], device=input_ids.device)
+        return torch.tensor([answer.ended for answer in self._answers], device=input_ids.device)

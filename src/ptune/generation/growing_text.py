@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ptune.errors import BackboneError
-from ptune.families import ENCODER_DECODER
+from ptune.families import ENCODER_DECODER, cached_length
 from ptune.generation.sampling import Generated, GenerationOptions, TokenLogprob, processors, token_logprob
 from ptune.models.backbone import Backbone
 from ptune.pretrained.encoder_decoder import decoder_start
@@ -49,7 +49,8 @@ class GrowingText:
         context: ids that it continues.
         room: most tokens it may have, by its options and the backbone's limit.
         deep: first id of the deep prompt that opens its context; None where none does.
-        result: the whole, once it has ended.
+        result: the whole, once it has ended well.
+        error: what went wrong in choosing or telling it; it has ended then, and its neighbours go on.
     """
 
     def __init__(
@@ -76,15 +77,17 @@ class GrowingText:
             options or GenerationOptions(),
             listener or Listener(),
         )
-        self.room = _room(backbone, self.context, self._options)
         prompts = deep_prompts_of(backbone.model)
         self.deep = prompts.first_id(self.context)
+        seen = None if self.deep is None else cached_length(backbone.model.config)
+        self.room = _room(backbone, self.context, self._options, seen)
         if self.deep is not None and len(self.context) == len(prompts.get(self.deep).rows):
             raise BackboneError(
                 "a deep prompt is keys and values in a cache, behind which a text is read: give each context a token "
                 "of text"
             )
         self.result: Generated | None = None
+        self.error: Exception | None = None
         self._tokenizer, self._end_ids = backbone.tokenizer, end_ids(backbone)
         apart = backbone.kind is ENCODER_DECODER  # what is read is no part of what is written
         said = [decoder_start(backbone.model.config)] if apart else self.context
@@ -95,6 +98,11 @@ class GrowingText:
         self._shown = 0  # characters handed out
         self._told = 0  # tokens whose log-probabilities were handed out
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is written."""
+        return self.result is not None or self.error is not None
+
     def grow(self, scores: Tensor, likeliest: int) -> int:
         """Choose the next token and return it; tell what may be told, and end the text where it ends.
 
@@ -102,6 +110,13 @@ class GrowingText:
             scores: ``[V]``, the model's logits.
             likeliest: the token whose score is highest.
         """
+        try:
+            return self._grow(scores, likeliest)
+        except Exception as error:
+            self.error = error
+            return likeliest
+
+    def _grow(self, scores: Tensor, likeliest: int) -> int:
         token = likeliest
         if self._processors:
             words: Any = torch.tensor([self._words + self._ids], dtype=torch.long, device=scores.device)
@@ -170,13 +185,16 @@ def end_ids(backbone: Backbone) -> frozenset[int]:
     return frozenset(token for token in (*configured, backbone.tokenizer.eos_token_id) if token is not None)
 
 
-def _room(backbone: Backbone, context: Sequence[int], options: GenerationOptions) -> int:
-    """Return how many tokens an answer may have, by the options and the backbone's limit."""
+def _room(backbone: Backbone, context: Sequence[int], options: GenerationOptions, seen: int | None) -> int:
+    """Return how many tokens an answer may have, by the options, the backbone's limit and how far its attention sees.
+
+    A deep prompt stands in front of all, and must be seen to the end.
+    """
     if not backbone.kind.generates:
         raise BackboneError(f'"{backbone.name}" is {backbone.kind.words}, which writes no text')
     if not len(context):
         raise BackboneError("there is nothing to continue: the text gives no tokens; write some")
-    limit = backbone.context_limit
+    limit = min(filter(None, (backbone.context_limit, seen)), default=None)
     if limit is None:
         return options.max_new_tokens
     room = limit - (1 if backbone.kind is ENCODER_DECODER else len(context))

@@ -27,6 +27,8 @@ from transformers import (
 
 from ptune.config.settings import Settings
 
+_COLDEST = 1e-6
+"""Temperatures below leave the likeliest token alone, and divided by them scores would overflow."""
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -65,7 +67,7 @@ class GenerationOptions(Settings):
     @property
     def draws(self) -> bool:
         """Whether tokens are drawn, and not the likeliest taken."""
-        return self.do_sample and self.temperature > 0
+        return self.do_sample and self.temperature >= _COLDEST
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,10 @@ class Draw(LogitsProcessor):
         """Return scores ``[1, V]``, minus infinity but for one token."""
         if self._seed is not None and self._generator is None:
             self._generator = torch.Generator(scores.device).manual_seed(self._seed)
-        drawn = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        probabilities = scores.softmax(-1)
+        if not bool(probabilities.isfinite().all()):  # a penalty may push scores over the edge
+            probabilities = torch.zeros_like(scores).scatter(-1, scores.nan_to_num(-torch.inf).argmax(-1, True), 1.0)
+        drawn = torch.multinomial(probabilities, 1, generator=self._generator)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 

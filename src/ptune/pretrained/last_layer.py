@@ -10,6 +10,7 @@ Knows nothing of plans, tasks or virtual tokens. Shapes: B batch, T tokens, N ch
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,15 +48,23 @@ class LastLayer:
         if len(chosen) == positions.numel():
             yield
             return
+        if not len(chosen):
+            chosen = chosen.new_zeros(1)  # not every kernel multiplies a matrix of no rows
         shape: list[torch.Size] = []
+        thread = threading.get_ident()  # another may run the model meanwhile, as it pleases
 
-        def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if threading.get_ident() != thread:
+                return None
             shape.append(arguments[0].shape[:-1])
-            return tuple(argument.flatten(0, -2)[chosen][None] for argument in arguments)  # [B, T, .] -> [1, N, .]
+            at = chosen.to(arguments[0].device)
+            return tuple(argument.flatten(0, -2)[at][None] for argument in arguments)  # [B, T, .] -> [1, N, .]
 
-        def widen(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        def widen(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor | None:
+            if threading.get_ident() != thread:
+                return None
             whole = output.new_zeros(positions.numel(), output.shape[-1])
-            return whole.index_copy(0, chosen, output[0]).view(*shape.pop(), -1)  # [1, N, .] -> [B, T, .]
+            return whole.index_copy(0, chosen.to(output.device), output[0]).view(*shape.pop(), -1)  # [B, T, .]
 
         hooks = [part.register_forward_pre_hook(narrow) for part in self._parts]
         hooks += [part.register_forward_hook(widen) for part in self._parts]

@@ -11,6 +11,7 @@ output matrix, C chosen rows of it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -54,20 +55,23 @@ class OutputHead:
         """
         head, body = self._model.get_output_embeddings(), self._model.base_model
         taken: list[Tensor] = []
+        thread = threading.get_ident()  # another may run the model meanwhile, as it pleases
         if positions is None or head is None:
             yield taken
             return
 
         def take_last_states(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
+            if threading.get_ident() != thread:
+                return output
             states = output.last_hidden_state
             taken.append(states[positions.to(states.device)])  # [B, T, H] -> [N, H]
             output.last_hidden_state = states[:, :0]
             return output
 
         def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if taken:
-                return None  # there is nothing left
-            states = arguments[0][positions]  # [B, T, H] -> [N, H]
+            if taken or threading.get_ident() != thread:
+                return None  # there is nothing left, or it is another's pass
+            states = arguments[0][positions.to(arguments[0].device)]  # [B, T, H] -> [N, H]
             if wanted != "logits":
                 taken.append(states)
                 states = states[:0]

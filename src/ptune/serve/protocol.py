@@ -34,6 +34,8 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _text_that_can_be_written(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object; send one, under Content-Type: application/json")
         try:
             json.dumps(values, ensure_ascii=False).encode()
         except UnicodeEncodeError:

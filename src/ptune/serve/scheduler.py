@@ -189,10 +189,13 @@ class Scheduler:
 
     def _let_written_go(self) -> int:
         """Let texts go that have ended, and return how many."""
-        ended = [job for job in self._writing if job.text.result is not None]
-        self._writing = [job for job in self._writing if job.text.result is None]
+        ended = [job for job in self._writing if job.text.ended]
+        self._writing = [job for job in self._writing if not job.text.ended]
         for job in ended:
-            self._let_go(job)
+            if job.text.error is not None:
+                self._break_off([job], job.text.error)
+            else:
+                self._let_go(job)
         return len(ended)
 
     def _answer(self, batch: list[Reading]) -> None:

@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 from pydantic_core import PydanticSerializationError
 from torch import Tensor
 
@@ -75,6 +75,13 @@ class HeadEntry(Settings):
     width: int
 
 
+_SUMMARY: dict[str, type] = {
+    **dict.fromkeys(("before", "after", "training", "model", "imported", "versions"), dict),
+    **dict.fromkeys(("metric", "date"), str),
+}
+"""What readers of a summary look into, and as what; the rest of it is as its writer likes."""
+
+
 class Description(Settings):
     """What ``ptune.json`` holds."""
 
@@ -90,6 +97,15 @@ class Description(Settings):
     head: HeadEntry | None = None
     temperature: float | None = Field(None, gt=0, allow_inf_nan=False)
     summary: dict[str, Any]
+
+    @field_validator("summary")
+    @classmethod
+    def _summary_as_runs_write_it(cls, summary: dict[str, Any]) -> dict[str, Any]:
+        for name, value in summary.items():
+            kind = _SUMMARY.get(name)
+            if kind is not None and value is not None and not isinstance(value, kind):
+                raise ValueError(f"takes {'names with values' if kind is dict else 'a text'} as {name}")
+        return summary
 
     @field_serializer("encoder")
     def _encoder_as_it_was_given(self, encoder: EncoderConfig | None) -> dict[str, Any] | None:
@@ -119,19 +135,31 @@ def begin_save(folder: Path, rows: Tensor, deep: KeyValueShape | None = None, he
     return tensors_hash(folder / TENSORS, SoftPromptError)
 
 
-def end_save(folder: Path, description: Description) -> None:
-    """Write the description: from here on the folder holds the new soft prompt.
+def description_values(folder: Path, **members: Any) -> Any:
+    """Return what ``ptune.json`` is to hold, the members of a `Description`, as JSON values.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: a member is not what is read back, or JSON has no form for it.
     """
     try:
-        text = description.model_dump_json()  # pydantic's, in which a metric that is not a number is null
+        text = Description(**members).model_dump_json()  # pydantic's, in which a metric that is not a number is null
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, entry['loc']))}{said_of([entry])}" for entry in error.errors()[:3])
+        raise OutputError(f'cannot write "{folder / DESCRIPTION}": {said}') from None
     except PydanticSerializationError as error:
         raise OutputError(
             f'cannot write "{folder / DESCRIPTION}": the summary expected JSON values ({error}); give numbers and text'
         ) from error
-    write_json(folder / DESCRIPTION, json.loads(text))
+    return json.loads(text)
+
+
+def end_save(folder: Path, values: Any) -> None:
+    """Write the description of `description_values`: from here on the folder holds the new soft prompt.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    write_json(folder / DESCRIPTION, values)
     (folder / _PREVIOUS).unlink(missing_ok=True)
 
 

@@ -28,11 +28,11 @@ from ptune.prompts.keys_and_values import KeyValueShape
 from ptune.prompts.linear_head import LinearHead, head_from, head_tensors
 from ptune.soft_prompts.files import (
     BackboneEntry,
-    Description,
     Fingerprint,
     HeadEntry,
     TensorsEntry,
     begin_save,
+    description_values,
     encoder_values,
     end_save,
     read_soft_prompt,
@@ -169,6 +169,7 @@ class SoftPrompt:
             OutputError: the folder cannot be written, or the summary holds what JSON has no form for.
         """
         folder = Path(folder)
+        self._description(folder, "")  # what cannot be written is found before anything is
         sha256 = begin_save(folder, self.rows, self.deep, self.head)
         if self.fits_peft:
             config = self.fingerprint["config"]
@@ -184,7 +185,7 @@ class SoftPrompt:
         else:
             remove_peft_adapter(folder)
         write_model_card(folder, self.describe())
-        end_save(folder, self._description(sha256))
+        end_save(folder, self._description(folder, sha256))
 
     @classmethod
     def load(cls, folder: str | Path) -> SoftPrompt:
@@ -293,8 +294,9 @@ class SoftPrompt:
         outputs, width = self.head.weight.shape
         return HeadEntry(outputs=outputs, width=width)
 
-    def _description(self, sha256: str) -> Description:
-        return Description(
+    def _description(self, folder: Path, sha256: str) -> Any:
+        return description_values(
+            folder,
             format_version=1,
             template=self.template,
             task=self.task,

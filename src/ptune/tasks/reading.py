@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptune.errors import ConfigError
 from ptune.models.backbone import Backbone
 from ptune.rendering.batch import Row, collate
 from ptune.tasks.task import Asked, Forward, Task
@@ -73,7 +74,12 @@ def in_batches(rows: Sequence[Sequence[Row]], batch_size: int, max_tokens: int |
         rows: of each example.
         batch_size: rows at once.
         max_tokens: at once, padding included; None for no limit.
+
+    Raises:
+        ConfigError: no rows may be read at once.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1 and is {batch_size}; raise it")
     lengths = [max(len(row.ids) for row in each) for each in rows]
     order = sorted(range(len(rows)), key=lambda number: -lengths[number])
     start = 0
