@@ -318,6 +318,23 @@ def test_logits_and_loss_are_those_of_concatenated_embeddings(family: str, side:
     assert math.isclose(output.loss.item(), total / count, rel_tol=1e-4)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_every_token_of_text_has_a_log_probability_behind_the_virtual_tokens(side: str) -> None:
+    model = prompted_tiny().eval()
+    ids, mask = torch.tensor([[40, 41, 42, 43], [50, 51, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    if side == "left":
+        ids[1], mask[1] = ids[1].roll(2), mask[1].roll(2)
+    found = model.token_log_probabilities(ids, mask)
+    assert torch.equal(found.isnan(), mask == 0)
+    labels = ids.masked_fill(mask == 0, -100)
+    loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(-found.nanmean(), loss)
+    behind = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+    torch.testing.assert_close(found[0, 1:], behind[:, 0])
+    (gradient, *_) = torch.autograd.grad(found.nansum(), list(model.parameters()))
+    assert bool(gradient.abs().sum() > 0)
+
+
 def test_loss_is_the_same_with_logits_and_without_and_divides_by_what_trainer_counted() -> None:
     model, batch = prompted_tiny(), collated()
     count = int((batch["labels"] != -100).sum())

@@ -108,6 +108,26 @@ class PrefixedModel(nn.Module):
         logits = logits[text[wanted]].view(*input_ids.shape, -1)
         return CausalLMOutput(loss=loss, logits=logits)
 
+    def token_log_probabilities(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the log-probability of every token of text behind the virtual tokens, for a loss of your own.
+
+        The first token of a row has one, too: the virtual tokens predict it.
+
+        Args:
+            input_ids: ``[B, T]`` int64, text alone.
+            attention_mask: ``[B, T]``, 0 at pads, which may stand on either side; None where there are none.
+
+        Returns:
+            ``[B, T]`` float32, with gradient to the encoder; nan at pads.
+
+        Raises:
+            ConfigError: ids and mask have different shapes.
+            BackboneError: virtual tokens and text are longer than the model takes.
+        """
+        ids, mask, _ = self._prefixed(input_ids, attention_mask, None)
+        values = self.prompted.token_log_probabilities(ids, mask)  # [B, P + T]
+        return values[ids < self.prompted.backbone.vocabulary_size].view(input_ids.shape)
+
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Continue rows of text by transformers' ``generate``, dropout off, and return them as it does.
