@@ -118,7 +118,7 @@ class PrefixedModel(nn.Module):
             attention_mask: ``[B, T]``, 0 at pads, which may stand on either side; None where there are none.
 
         Returns:
-            ``[B, T]`` float32, with gradient to the encoder; nan at pads.
+            ``[B, T]`` float32, in training mode with gradient to the encoder; nan at pads.
 
         Raises:
             ConfigError: ids and mask have different shapes.
