@@ -14,8 +14,8 @@ A plan is chosen from the ids alone, batch by batch, so nothing need be said by 
 several prompts stand in one batch, those that open alike stand together and share what they open with.
 
 Knows nothing of encoders, tasks or training. Shapes: B batch, T tokens, P virtual tokens that open a row, F tokens of a
-context, S tokens of what follows it, R tokens of packed rows, N chosen positions, H width, V rows of the backbone's
-input matrix.
+context, N chosen positions, H width, V rows of the backbone's input matrix, L layers, K key-value heads, D width of a
+head; g rows that run together, s tokens of what follows their contexts.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ class Plans:
         """Return the outputs ``[N, ...]`` of all rows, run in groups of similar length where that saves padding.
 
         Args:
-            run_group: runs the rows of these numbers, ``[G]`` int64, up to a place, and returns their outputs in order.
+            run_group: runs the rows of these numbers, ``[g]`` int64, up to a place, and returns their outputs in order.
             attention_mask: ``[B, T]`` int64.
             positions: ``[B, T]`` bool.
             kept: how many tokens of each row are not run again, ``[B]`` int64.
@@ -355,10 +355,10 @@ class Plans:
         def run_group(rows: Tensor, end: int) -> Tensor:
             own, longest = lengths[rows], int(lengths[rows].max())
             past = padded([pasts[row] for row in rows.tolist()], longest, pasts[0].dtype, device)
-            places = own[:, None] + steps[: int((ends[rows] - own).max())]  # [G, S]
+            places = own[:, None] + steps[: int((ends[rows] - own).max())]  # [g, s]
             within = places < ends[rows, None]
             places = places.clamp(max=end - 1)
-            heard = steps[:longest] >= longest - own[:, None]  # [G, F], zeros stand in front
+            heard = steps[:longest] >= longest - own[:, None]  # [g, F], zeros stand in front
             mask = torch.cat([heard, within], dim=-1).to(attention_mask.dtype)
             chosen = positions[rows].gather(-1, places) & within
             return run(input_ids[rows].gather(-1, places), mask, chosen, new_cache(past, len(rows)))[0]

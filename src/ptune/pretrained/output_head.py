@@ -6,7 +6,7 @@ does besides (a scale, a soft cap, a matrix in parts) makes its head not plain, 
 logits then; which of the two it is, is found out by trying and not by the family's name.
 
 Knows nothing of plans, tasks or virtual tokens. Shapes: B batch, T tokens, N chosen positions, H width, V rows of the
-output matrix, C chosen rows of it.
+output matrix, C chosen tokens.
 """
 
 from __future__ import annotations
