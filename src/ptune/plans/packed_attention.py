@@ -122,7 +122,7 @@ def _attend(
     """Return what each token reads, ``[1, R, G, D]``; transformers calls it in every attention layer.
 
     Rows are attended to one by one: they need no padding, and nothing as large as ``R x R`` is ever made. On a
-    processor this was the fastest of the ways tried (docs/performance.md).
+    processor this was the fastest of the ways tried (docs/measured.md).
 
     Args:
         module: the layer.
