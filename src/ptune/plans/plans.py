@@ -93,13 +93,13 @@ class Plans:
     def outputs(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, wanted: Wanted = "logits"
     ) -> Tensor:
-        """Return the logits after positions, ``[N, V]``, by the cheapest plan that gives them.
+        """Return the logits after positions, ``[N, V]``, or hidden states there, by the cheapest plan that gives them.
 
         Args:
             input_ids: ``[B, T]`` int64.
             attention_mask: ``[B, T]`` int64.
             positions: ``[B, T]`` bool.
-            wanted: hidden states ``[N, H]`` in place of logits, where it says so.
+            wanted: what to return: logits ``[N, V]``, or one of two kinds of hidden states ``[N, H]`` (see `Wanted`).
         """
         run = functools.partial(self._run, wanted=wanted)
         input_ids, attention_mask, positions = without_unread(input_ids, attention_mask, positions)
@@ -372,10 +372,10 @@ class Plans:
     def read(
         self, contexts: Sequence[Sequence[int]], pasts: Sequence[Tensor] = (), *, predict: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
-        """Read contexts without gradient, and what comes next where it is to be predicted.
+        """Read ids without gradient, and what comes next where it is to be predicted.
 
         Args:
-            contexts: ids of each, at least one.
+            contexts: ids of each, at least one; any, virtual tokens among them or alone.
             pasts: keys and values of what stands before each, ``[2 L, K, F, D]``; none where nothing does.
             predict: whether logits are wanted.
 
@@ -396,5 +396,8 @@ class Plans:
         return self._run(input_ids, attention_mask, torch.ones_like(input_ids, dtype=torch.bool), past)[0]
 
     def _run_contexts(self, contexts: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Return the keys and values of contexts, each ``[2 L, K, F, D]`` of its own length."""
+        """Return the keys and values of ids read without gradient, each ``[2 L, K, F, D]`` of its own length.
+
+        They are text before the first virtual token, or, where kept prefixes ask, virtual tokens that open rows.
+        """
         return self.read(contexts, predict=False)[1]
