@@ -35,8 +35,8 @@ class LoadedPrompts:
     """Soft prompts by name, under the table's lock.
 
     Attributes:
-        by_name: those that are answered by now; one that was removed stays in the table while it is held.
-        memory: which of the library's do, and who uses them.
+        by_name: prompts that requests can reach; one that was removed stays in the table while somebody uses it.
+        memory: which loaded prompts came from the library, their bytes and their users.
         library: where others lie.
     """
 

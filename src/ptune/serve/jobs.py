@@ -167,7 +167,7 @@ class Writing(Job):
             context: makes it.
             options: of `GenerationOptions`, but for the length.
             max_new_tokens: as the soft prompt's task says, where absent.
-            most_new_tokens: where the task says more.
+            most_new_tokens: upper limit on the task's own length.
             on_piece: gets each piece of text, in the engine's thread.
         """
         super().__init__(path, served, 1)
