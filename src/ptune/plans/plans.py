@@ -13,9 +13,9 @@ Where rows cannot be packed, a batch with much padding is run in groups of simil
 A plan is chosen from the ids alone, batch by batch, so nothing need be said by tasks or templates. Where rows of
 several prompts stand in one batch, those that open alike stand together and share what they open with.
 
-Knows nothing of encoders, tasks or training. Shapes: B batch, T tokens, P virtual tokens that open a row, F tokens of a
-context, N chosen positions, H width, V rows of the backbone's input matrix, L layers, K key-value heads, D width of a
-head; g rows that run together, s tokens of what follows their contexts.
+Knows nothing of encoders, tasks or training. Shapes: B batch, T tokens, F tokens of a context, N chosen positions, H
+width, V rows of the backbone's input matrix, L layers, K key-value heads, D width of a head; g rows that run together,
+s tokens of what follows their contexts.
 """
 
 from __future__ import annotations
@@ -396,8 +396,5 @@ class Plans:
         return self._run(input_ids, attention_mask, torch.ones_like(input_ids, dtype=torch.bool), past)[0]
 
     def _run_contexts(self, contexts: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Return the keys and values of ids read without gradient, each ``[2 L, K, F, D]`` of its own length.
-
-        They are text before the first virtual token, or, where kept prefixes ask, virtual tokens that open rows.
-        """
+        """Return keys and values of contexts, or of virtual tokens for kept prefixes, each ``[2 L, K, F, D]``."""
         return self.read(contexts, predict=False)[1]
