@@ -87,7 +87,7 @@ class LoadedPrompts:
                 self.remove(name)
 
     def hold(self, name: str) -> LoadedPrompt:
-        """Return a soft prompt, loaded where need be; its rows stay until it is let go as often as it was held.
+        """Return a soft prompt, loaded if it is not yet; its rows stay until each `hold` has had its `let_go`.
 
         Raises:
             SoftPromptError: there is none of that name, or its folder does not hold it any more; or None is asked for.
