@@ -15,7 +15,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("quality", "recipes", "performance", "search"))
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("quality", "recipes", "performance", "measured", "search"))
 PICTURE = ROOT / "docs" / "growth.svg"
 SCRIPTS = ("full_runs", "tasks_table", "spot", "defaults", "place", "precision", "growth", "search_quality")
 """Each in benchmarks/, with a `markdown` of the results of its own name."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
+import itertools
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,11 +108,35 @@ def test_docstrings_say_what_is_public_its_shapes_and_its_errors(path: Path) -> 
             mistakes.append(f"{name} has no docstring")
         if isinstance(node, ast.ClassDef):
             continue
-        if _takes_or_gives_tensors(node) and not re.search(r"\[[A-Z\d.]|shape|scalar", said):
+        if _takes_or_gives_tensors(node) and not re.search(r"\[(?:[A-Z\d.]|[a-z][],])|shape|scalar", said):
             mistakes.append(f"{name} tells no shape")
         if _raises(node) and "Raises:" not in said and path.parent.name != "cli":  # there it is the help page
             mistakes.append(f"{name} does not say what it raises")
     assert mistakes == []
+
+
+def _said(path: Path) -> tuple[str, Iterator[str]]:
+    """What a module's own docstring says of shapes, and each docstring and comment within it."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
+    docstrings = (each.value for each in strings if isinstance(each, ast.Constant) and isinstance(each.value, str))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = (token.string for token in tokens if token.type == tokenize.COMMENT)
+    return (ast.get_docstring(tree) or "").partition("Shapes:")[2], itertools.chain(docstrings, comments)
+
+
+@pytest.mark.parametrize("path", FILES, ids=_relative)
+def test_a_letter_of_a_shape_means_one_thing(path: Path) -> None:
+    table = set(re.findall(r"^\| \*\*([A-Z])\*\* \|", MAP, flags=re.MULTILINE))
+    listed, texts = _said(path)
+    a_shape = re.compile(r"\[(?!P\*)([\w\s,.*+/<=-]+)\]")  # [P*10] is of a template
+    shapes = [shape for text in texts for shape in a_shape.findall(text)]
+    used = {letter for shape in shapes for letter in re.findall(r"(?<![\w.])[A-Za-z](?![\w'])", shape)}
+    used |= set(re.findall(r"\b[B-Z]\b", listed))
+    assert {letter for letter in used if letter.isupper()} - table == set(), "not in the table of ARCHITECTURE.md"
+    own = {letter for letter in used if letter.islower()}
+    assert own - set(re.findall(r"\b[a-z]\b", listed)) == set(), "not explained in the module's docstring"
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:

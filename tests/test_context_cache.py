@@ -283,7 +283,9 @@ def test_the_command_shows_and_clears(cache: Path) -> None:
     refused = ptune("cache", "--clear", "--backbone", "model oen")
     assert refused.returncode == 2
     assert 'nothing of a backbone "model oen". Did you mean "model one"?' in refused.stderr
-    assert ptune("cache", "--backbone", "model one").returncode == 2
+    alone = ptune("cache", "--backbone", "model one")
+    assert alone.returncode == 2
+    assert "--backbone says what to clear, and --clear is missing; add it, or leave --backbone out" in alone.stderr
     assert "1 contexts removed" in ptune("cache", "--clear", "--backbone", "model one").stdout
     assert [entry.backbone for entry in stored_contexts(cache)] == ["model two"]
     assert ptune("cache", "--clear").returncode == 0

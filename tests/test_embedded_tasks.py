@@ -32,6 +32,7 @@ from ptune.serve.embedded_tasks import EmbeddedTasks, as_embeds, embedded
 from ptune.serve.gateway import create_gateway
 from ptune.serve.settings import GatewaySettings
 from ptune.serve.stored_backbone import StoredBackbone
+from ptune.serve.vllm_process import running_vllm
 
 TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果", "the door"]
 SETTINGS = GatewaySettings(watch_seconds=0.1, max_tokens=200)
@@ -87,7 +88,7 @@ def test_rows_are_found_among_several_files_and_come_in_the_dtype_that_they_are_
     ("family", "words"),
     [
         ("gemma", "GemmaForCausalLM .* scales its embeddings, which are sent here as they are stored; merge"),
-        ("bert", "it is a masked language model, and engines such as vLLM let causal ones write"),
+        ("bert", 'cannot serve ".*" by embeddings: it is a masked language model, and engines such as vLLM let'),
         ("t5", "it is an encoder-decoder"),
     ],
 )
@@ -342,3 +343,14 @@ def test_mistakes_at_the_start_are_sentences(tmp_path: Path) -> None:
     assert "no config.json" in error("--upstream", "http://a", "--prompts", str(tmp_path), "--backbone", str(tmp_path))
     arguments = ("--engine", "vllm", "--prompts", str(tmp_path), "--vllm-python", "no-such-python")
     assert 'cannot run "no-such-python"' in error(*arguments)
+
+
+def test_a_server_that_does_not_answer_in_time_is_ended(tmp_path: Path) -> None:
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexec sleep 100\n")
+    silent.chmod(0o755)
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match=r"vLLM does not answer after 1 s; give it more by --vllm-start"):
+        with running_vllm(str(silent), tmp_path, [], 1):
+            pass
+    assert time.monotonic() - begun < 30

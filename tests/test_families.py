@@ -303,3 +303,11 @@ def test_peft_runs_an_encoder_decoder_s_prompt(tmp_path: Path) -> None:
     ours = body.logits(whole, torch.ones_like(whole), positions)
     tokens.detach()
     assert_close(ours, expected[0], 1e-5)
+
+
+def test_a_decoder_without_a_first_id_is_refused() -> None:
+    model = tiny_model("t5")
+    model.config.decoder_start_token_id = None
+    ids, mask = torch.full((1, 6), 9), torch.ones(1, 6, dtype=torch.long)
+    with pytest.raises(BackboneError, match="the model's config names no decoder_start_token_id; set it as the family"):
+        Backbone(model, tiny_tokenizer("t5"), "t5")(ids, mask, positions=mask.bool())

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi.responses import JSONResponse
 from gateways import breaking, drained, engine_over_merged, in_thread, ptune_serve, saved
 from serving import soft_prompts, tiny_backbone
 from typer.testing import CliRunner
@@ -263,6 +264,26 @@ def test_without_a_server_behind_it_says_so_and_is_not_ready() -> None:
             assert answer.status_code == 503
             assert answer.headers["retry-after"] == "2"
             assert answer.json()["error"]["code"] == "no_upstream"
+            assert answer.json()["error"]["message"] == "no server behind this one answers; ask again later"
+    with in_thread(create_gateway(["http://127.0.0.1:9"], None, SETTINGS)) as url:
+        answer = httpx.get(f"{url}/v1/models/answer")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"] == "no server behind this one answers; ask again later"
+
+
+def test_a_server_that_fails_is_named_without_its_words() -> None:
+    failing = engine_over_merged(None, [])  # type: ignore[arg-type]
+    failing.router.routes = [route for route in failing.router.routes if "/chat/" not in getattr(route, "path", "")]
+
+    @failing.post("/v1/chat/completions")
+    def chat() -> Any:
+        return JSONResponse({"error": {"message": "a secret path"}}, 500)
+
+    with in_thread(failing) as broken, in_thread(create_gateway([broken], merged_tasks(), SETTINGS)) as url:
+        body = {"model": "answer", "messages": [{"role": "user", "content": "a"}]}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_failed")
+    assert answer.json()["error"]["message"] == "a server behind this one fails; its log says why"
 
 
 @pytest.mark.parametrize("after", [0, 1])
@@ -300,7 +321,7 @@ def test_mistakes_at_the_start_are_sentences(tmp_path: Path) -> None:
         assert isinstance(found, ConfigError)
         return str(found)
 
-    assert 'not "vlm"' in error("--engine", "vlm")
+    assert '--engine is ptune or vllm, not "vlm"' in error("--engine", "vlm")
     assert "name its folder by --merged" in error("--engine", "vllm")
     assert "is no merged model" in error("--engine", "vllm", "--merged", str(tmp_path))
     assert "takes a URL" in error("--upstream", "localhost:8000")

@@ -140,3 +140,12 @@ def test_nor_does_a_step_of_many_candidates(in_front: bool) -> None:
     assert all(tensor.shape[-1:] != (VOCABULARY,) for tensor in kept)
     assert all(parameter.grad is None for parameter in backbone.model.parameters())
     assert all(parameter.grad is not None for prompted in prompts for parameter in prompted.encoder.parameters())
+
+
+def test_logits_and_hidden_states_are_not_asked_for_by_one_pass() -> None:
+    backbone = Backbone(tiny_model("llama"), tiny_tokenizer("llama"), "llama")
+    ids = torch.full((1, 4), 9)
+    mask = torch.ones_like(ids)
+    asked = [Asked(ids, mask, positions=mask.bool(), states=states) for states in (True, False)]
+    with pytest.raises(ValueError, match="gives hidden states or logits, and both are asked for; ask apart"):
+        answer_side_by_side(backbone, asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,8 +21,10 @@ import ptune
 from ptune import Engine, GenerationOptions, MergedModel, merge_prompts
 from ptune.errors import BackboneError, OutputError, SoftPromptError
 from ptune.merging import output_row
+from ptune.merging.folder import DESCRIPTION, write_folder
+from ptune.merging.tokenizer_files import add_tokens
 from ptune.models.backbone import Backbone
-from ptune.pretrained.stored_tensors import TensorFile
+from ptune.pretrained.stored_tensors import INDEX, TensorFile, shards_of
 
 CHAT = "[P*3]Human: {instruction}[?\n{input}]\nAssistant:{answer}"
 TEXTS = ["The film was a quiet wonder", "苹果很新鲜", "Give three tips"]
@@ -218,3 +221,57 @@ def test_what_cannot_be_merged_says_so(tmp_path: Path, monkeypatch: pytest.Monke
         merge_prompts({"chat": prompt}, output)
     assert not output.exists()
     assert hasattr(ptune, "merge_prompts")
+
+
+def test_a_merge_whose_place_is_gone_meanwhile_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    (folder / DESCRIPTION).write_text("{}")
+
+    def write(fresh: Path) -> None:
+        fresh.mkdir()
+        (fresh / DESCRIPTION).write_text("{}")
+        shutil.rmtree(folder)  # by somebody else
+
+    with pytest.raises(OutputError, match=r'cannot replace ".*merged": No such file .*; close what uses it'):
+        write_folder(folder, write, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_was_changed_since_it_was_loaded_is_not_merged(tmp_path: Path) -> None:
+    backbone = on_disk(tmp_path / "model", "llama")
+    with torch.no_grad():
+        backbone.model.get_input_embeddings().weight[5] += 1
+    with pytest.raises(BackboneError, match=r'was changed since it was loaded from ".*model"; save it'):
+        merge_prompts({"chat": soft_prompt(backbone, CHAT, 3)}, tmp_path / "merged", backbone=backbone)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["<|one:0|>", "<unk>"], "the tokenizer already has tokens named like the virtual ones; merge into the plain"),
+        (["<x", "<x<x"], "the tokenizer does not give added tokens back as it got them; nothing can be merged"),
+    ],
+)
+def test_a_tokenizer_that_cannot_hold_the_tokens_is_refused(names: list[str], sentence: str, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    taken = [tiny_tokenizer().eos_token if name == "<unk>" else name for name in names]
+    with pytest.raises(BackboneError, match=sentence):
+        add_tokens(tmp_path, taken)
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": {"a": "../model.safetensors"}}], ids=str)
+def test_an_index_that_names_no_files_beside_it_is_refused(index: Any, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(BackboneError, match=r'index\.json" names no files beside it; copy the model again'):
+        shards_of(tmp_path)
+
+
+def test_a_file_of_weights_that_is_cut_while_it_is_copied_is_refused(tmp_path: Path) -> None:
+    on_disk(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "model.safetensors"
+    file = TensorFile.open(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BackboneError, match=r'model\.safetensors" is cut short; copy the model again'):
+        file.write_with(tmp_path / "copy.safetensors", {})

@@ -14,6 +14,7 @@ from ptune.config.run import EncoderConfig
 from ptune.models.backbone import Backbone
 from ptune.models.prompted_model import PromptedModel
 from ptune.plans.context_cache import ContextCache
+from ptune.plans.packed_attention import PackedGroup, Packing, packed_attention
 from ptune.plans.plans import Plans, length_groups
 from ptune.prompts.encoder import PromptEncoder, build_encoder
 from ptune.rendering.batch import IGNORED
@@ -343,3 +344,11 @@ def test_a_batch_of_several_prompts_costs_less_than_its_padded_rows() -> None:
     choice = backbone.plans.choose(ids, mask, torch.zeros_like(mask, dtype=torch.bool))
     assert choice.tokens == int(mask.sum()) - 3 * (2 + 5 + 3)  # all but the last virtual token once, not four times
     assert choice.tokens < ids.numel()
+
+
+def test_packed_rows_take_no_mask() -> None:
+    model = tiny_model("llama")
+    ids, mask = torch.full((1, 5), 9), torch.zeros(1, 1, 5, 5)
+    packing = Packing((PackedGroup(0, (2, 3)),), ids.device)
+    with packed_attention(model.config), pytest.raises(TypeError, match="packed rows have no mask, and this family's"):
+        model(ids, attention_mask=mask, packing=packing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from ptune.config.run import ModelConfig, RunConfig
 from ptune.engine.engine import Engine
-from ptune.errors import BackboneError, ConfigError
+from ptune.errors import BackboneError, ConfigError, MissingExtraError
 from ptune.models.backbone import Backbone
 from ptune.pretrained.loading import quantization_settings
 from ptune.pretrained.quantization import Int4Weight, quantize
@@ -154,6 +155,12 @@ def test_bitsandbytes_without_cuda_is_refused(place: Path) -> None:
         'model.quantization: bitsandbytes runs on CUDA, and the device here is "cpu"; on a processor choose int8 or '
         "int4, which torchao rounds"
     )
+
+
+def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(MissingExtraError, match=r"needs torchao: pip install ptune\[quantization\]"):
+        quantize(tiny_model("llama"), "int8", "tiny")
 
 
 def test_on_cuda_the_words_stand_for_bitsandbytes() -> None:

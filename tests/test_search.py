@@ -383,6 +383,13 @@ def test_what_cannot_vary_is_named(vary: dict[str, Any], message: str, tmp_path:
         candidates_of(config(tmp_path), SearchConfig(vary=vary))
 
 
+def test_a_mistake_in_the_section_search_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(config(tmp_path).model_dump(mode="json") | {"search": {"sample": 1}}))
+    with pytest.raises(ConfigError, match=r'run\.yaml: "search\.sample" takes a number greater than 1, and is 1'):
+        load_search(file)
+
+
 def test_a_length_needs_one_run_of_virtual_tokens(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has 2 of them; vary prompt.template instead"):
         candidates_of(config(tmp_path, BOTH), SearchConfig(vary={"prompt.length": (3, 4)}))

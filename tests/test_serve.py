@@ -10,11 +10,13 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import ValidationError
 from serving import Served, serving, soft_prompts, tiny_backbone
 
 from ptune.engine.chat import Chat
 from ptune.engine.engine import Engine
 from ptune.generation.generate import GenerationOptions
+from ptune.serve.protocol import CompletionRequest
 
 TEXTS = ["great soup", "terrible film and a wrong waiter", "苹果", "the door"]
 
@@ -267,3 +269,11 @@ def test_log_probabilities_of_completions_whole_and_streamed(served: Served, alo
         assert told.text_offset == [len("".join(told.tokens[:n])) for n in range(len(told.tokens))]
         assert all(1 <= len(best) <= 3 for best in told.top_logprobs or [])
         assert "".join(told.tokens) == choice.text.rstrip("\ufffd")
+
+
+def test_a_body_that_is_nested_too_deeply_is_refused() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(ValidationError, match="it is nested too deeply"):
+        CompletionRequest(model="answer", prompt=nested)

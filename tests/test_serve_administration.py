@@ -92,8 +92,8 @@ def test_what_is_no_sound_prompt_of_this_backbone_changes_nothing(
         ("tiny", good, 409, "is the bare model"),
         ("..%2Fnew", good, 404, ""),
         ("%2E%2E", good, 400, "name"),
-        (".hidden", good, 400, "name"),
-        ("a%20b", good, 400, "name"),
+        (".hidden", good, 400, "a name is 1 to 64 letters, digits, - and _, no sign first"),
+        ("a%20b", good, 400, "a name is 1 to 64 letters"),
         ("x" * 65, good, 400, "name"),
     ]
     before = sorted(tmp_path.rglob("*"))

@@ -122,7 +122,7 @@ def served(backbone: Backbone, folder: Path) -> Iterator[Served]:
         ("chat/completions", {**CHAT, "tools": []}, 400, "tools", "is not offered here"),
         ("chat/completions", {**CHAT, "messages": []}, 400, "messages", "at least 1 item"),
         ("chat/completions", {**CHAT, "messages": CHAT["messages"] * 2}, 400, "messages", "found user, user"),
-        ("chat/completions", {**CHAT, "max_tokens": 3, "max_completion_tokens": 4}, 400, None, "the two differ"),
+        ("chat/completions", {**CHAT, "max_tokens": 3, "max_completion_tokens": 4}, 400, None, "is the old name of"),
         (
             "chat/completions",
             {**CHAT, "messages": [{"role": "system", "content": "Be kind."}, *CHAT["messages"]]},
@@ -238,6 +238,7 @@ def test_a_full_queue_refuses_and_loses_nothing(backbone: Backbone, folder: Path
         wait_until(lambda: served.metric("ptune_waiting_texts") == 2)
         refused = served.http.post("/v1/classify", json=CLASSIFY)
         assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
+        assert re.fullmatch(r"2 texts wait already and 2 may; try again in \d+ s", refused.json()["error"]["message"])
         assert int(refused.headers["Retry-After"]) >= 1
         with pytest.raises(openai.RateLimitError):
             served.openai.completions.create(**COMPLETION)
@@ -357,6 +358,9 @@ def test_tokens_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch:
         read_tokens(path)
     with pytest.raises(ConfigError, match="cannot read the tokens"):
         read_tokens(tmp_path / "nowhere")
+    path.write_text("tökén\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds more than ASCII, which a header cannot carry; choose another"):
+        read_tokens(path)
 
 
 def test_requests_made_from_the_description_are_answered_as_it_says(served: Served) -> None:

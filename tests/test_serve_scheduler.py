@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from serving import soft_prompts, tiny_backbone
 
 from ptune import Engine
 from ptune.serve.jobs import Scoring
 from ptune.serve.metrics import Metrics
 from ptune.serve.prompts import PromptFolder
+from ptune.serve.refusals import RefusedError
 from ptune.serve.scheduler import Scheduler
 from ptune.serve.settings import ServeSettings
 
@@ -43,3 +45,5 @@ def test_what_came_in_the_last_round_before_closing_is_answered(tmp_path: Path) 
         expected = first.future.result(20).answers
         assert last.future.result(5).answers == expected
         closing.join()
+        with pytest.raises(RefusedError, match="this server is going down; ask another"):
+            scheduler.submit([job()])

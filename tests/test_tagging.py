@@ -248,7 +248,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tokens": ["soup", "is"], "tags": ["O"]}, "has 1 tags for 2 words; write both as lists of one length"),
     ({"tokens": ["soup"], "tags": ["B-FOD"]}, 'the tag "B-FOD" is not among B-FOOD, B-SIGN, O; add it to task.tags or'),
     ({"tokens": ["soup"], "tags": ["NN"]}, "the tag 'NN' is of no scheme that ptune reads; write O, or B-"),
-    ({"tokens": ["soup"], "tags": [3]}, "the tag '3' is of no scheme that ptune reads"),
+    ({"tokens": ["soup"], "tags": [3]}, "or say by task.tag_names what the data means, as in {0: O, 1: B-PER}"),
     ({"tokens": ["soup"], "tags": "O"}, 'the field "tags" holds str, and should hold a list of tags'),
     ({"tokens": "soup", "tags": ["O"]}, 'the field "tokens" holds one text; write its words as a list'),
     ({"tokens": [], "tags": []}, 'the field "tokens" holds no words; leave the record out'),

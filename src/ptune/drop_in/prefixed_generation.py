@@ -3,8 +3,8 @@
 Virtual tokens have no column in the logits and no word, so whatever looks at ids while decoding (penalties on what was
 said already, a caller's own processors, criteria and streamers) is shown the text without them.
 
-Knows nothing of encoders, tables or Trainer. Shapes: B batch, T tokens, P virtual tokens in every row, V rows of the
-backbone's input matrix.
+Knows nothing of encoders, tables or Trainer. Shapes: B batch, T tokens of a row, P virtual tokens in
+every row, V rows of the backbone's input matrix, t tokens while a text grows.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Trainer and ``generate``.
 Batches hold no virtual tokens: `PrefixedModel` sets them in front of each row's text, behind its pads, and takes them
 out of everything that it gives back, so that logits line up with labels and generated ids are words.
 
-Knows nothing of templates, tasks, or what starts an encoder. Shapes: B batch, T text tokens, P virtual tokens, H width,
+Knows nothing of templates, tasks, or what starts an encoder. Shapes: B batch, t text tokens, P virtual tokens, H width,
 V rows of the backbone's input matrix, N chosen positions.
 """
 
@@ -62,9 +62,9 @@ class PrefixedModel(nn.Module):
         """Return loss and logits for rows of text.
 
         Args:
-            input_ids: ``[B, T]`` int64, text alone.
-            attention_mask: ``[B, T]``, 0 at pads, which may stand on either side; None where there are none.
-            labels: ``[B, T]`` int64, the id itself at supervised positions, -100 elsewhere. A row's first token may
+            input_ids: ``[B, t]`` int64, text alone.
+            attention_mask: ``[B, t]``, 0 at pads, which may stand on either side; None where there are none.
+            labels: ``[B, t]`` int64, the id itself at supervised positions, -100 elsewhere. A row's first token may
                 be supervised too, for the virtual tokens predict it.
             num_items_in_batch: what the summed loss is divided by; the batch's own supervised tokens where absent.
             skip_logits: leave the logits out, and compute them at supervised positions alone. None does so in training
@@ -72,7 +72,7 @@ class PrefixedModel(nn.Module):
             unknown: anything else is refused.
 
         Returns:
-            ``loss``, with labels only: a scalar in float32, or float64 where the backbone is. ``logits`` ``[B, T, V]``,
+            ``loss``, with labels only: a scalar in float32, or float64 where the backbone is. ``logits`` ``[B, t, V]``,
             at t those of the token at t + 1, as they would be without virtual tokens.
 
         Raises:
@@ -133,12 +133,12 @@ class PrefixedModel(nn.Module):
         """Continue rows of text by transformers' ``generate``, dropout off, and return them as it does.
 
         Args:
-            input_ids: ``[B, T]`` int64, text alone, padded on the left.
-            attention_mask: ``[B, T]``, 0 at pads.
+            input_ids: ``[B, t]`` int64, text alone, padded on the left.
+            attention_mask: ``[B, t]``, 0 at pads.
             options: those of ``generate``; ``max_length`` and ``min_length`` count text tokens.
 
         Returns:
-            ``[B, T + new]`` int64, text and continuation without virtual tokens; or, with
+            ``[B, t + new]`` int64, text and continuation without virtual tokens; or, with
             ``return_dict_in_generate``, transformers' output whose ``sequences`` they are.
 
         Raises:
@@ -167,7 +167,7 @@ class PrefixedModel(nn.Module):
     def _prefixed(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids, mask and labels, ``[B, P + T]`` each, with the virtual tokens where each row's text begins."""
+        """Return ids, mask and labels, ``[B, P + t]`` each, with the virtual tokens where each row's text begins."""
         if self._closed:
             raise BackboneError("the model was closed, and has no virtual tokens any more; call prompted() again")
         if attention_mask is None:
@@ -188,7 +188,7 @@ class PrefixedModel(nn.Module):
                 f'"{self.prompted.backbone.name}"; cut texts to {limit - count} tokens'
             )
         begin = (attention_mask != 0).int().argmax(-1, keepdim=True)  # [B, 1]
-        # [B, P + T], counted from the first virtual token
+        # [B, P + t], counted from the first virtual token
         place = torch.arange(count + length, device=input_ids.device) - begin
         virtual = (place >= 0) & (place < count)
         source = (place + begin - count * (place >= count)).clamp(max=length - 1)  # whence each of the others comes

@@ -158,9 +158,9 @@ class Engine:
         self.remove(name)
 
     def hold(self, name: str) -> LoadedPrompt:
-        """Return a soft prompt, loaded where need be; its rows stay until it is let go as often as it was held.
+        """Return a soft prompt, loaded if it is not yet; its rows stay until each `hold` has had its `let_go`.
 
-        So they do though it be removed, or replaced by another of its name.
+        They stay so even where it is removed meanwhile, or replaced by another of its name.
 
         Raises:
             SoftPromptError: there is none of that name, or its folder does not hold it any more.
@@ -276,7 +276,7 @@ class Engine:
         *,
         on_text: Callable[[str], None] | None = None,
     ) -> Generated:
-        """Continue ids, virtual ones of soft prompts that are held among them; nobody else runs the model meanwhile.
+        """Continue ids, which may hold virtual tokens of held soft prompts; nobody else runs the model meanwhile.
 
         Args:
             context: ids, rendered already.

@@ -35,8 +35,8 @@ class LoadedPrompts:
     """Soft prompts by name, under the table's lock.
 
     Attributes:
-        by_name: those that are answered by now; one that was removed stays in the table while it is held.
-        memory: which of the library's do, and who uses them.
+        by_name: prompts that requests can reach; one that was removed stays in the table while somebody uses it.
+        memory: which loaded prompts came from the library, their bytes and their users.
         library: where others lie.
     """
 
@@ -87,7 +87,7 @@ class LoadedPrompts:
                 self.remove(name)
 
     def hold(self, name: str) -> LoadedPrompt:
-        """Return a soft prompt, loaded where need be; its rows stay until it is let go as often as it was held.
+        """Return a soft prompt, loaded if it is not yet; its rows stay until each `hold` has had its `let_go`.
 
         Raises:
             SoftPromptError: there is none of that name, or its folder does not hold it any more; or None is asked for.

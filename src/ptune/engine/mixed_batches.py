@@ -4,7 +4,7 @@ A virtual token is an id like any other, so nothing need be switched between row
 which logits are read, and rows of which hidden states are, go in batches of their own, as do those of each deep prompt,
 which stands before a whole batch.
 
-Knows tasks and backbones, and nothing of engines. Shapes: S places read, V rows of the backbone's input matrix.
+Knows tasks and backbones, and nothing of engines. Shapes: N places read, V rows of the backbone's input matrix.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _read(backbone: Backbone, questions: Sequence[Question], batch_size: int) ->
     with torch.no_grad():
         for together in in_batches(rows, batch_size):
             all_rows = [row for n in together for row in rows[n]]
-            read = tasks[0].read(backbone, all_rows, backbone.tokenizer.pad_token_id)  # [S, V] or [S, H]
+            read = tasks[0].read(backbone, all_rows, backbone.tokenizer.pad_token_id)  # [N, V] or [N, H]
             places = [sum(len(row.read_at) for row in rows[n]) for n in together]
             for number, own in zip(together, read.split(places), strict=True):
                 task, record = tasks[number], questions[number][1]

@@ -12,7 +12,7 @@ class PromptMemory:
     """Keeps count of what is there and who uses it.
 
     Attributes:
-        budget: bytes; what is in use stays, though it be more.
+        budget: bytes; what is in use stays even where it comes to more.
         bytes: of all that is there.
     """
 
@@ -34,7 +34,7 @@ class PromptMemory:
         self.bytes += size
 
     def remove(self, name: str) -> None:
-        """Note that it is there no longer, if it was; who uses it now is counted elsewhere."""
+        """Note that it is there no longer, if it was; who still uses it is not counted here any more."""
         self.bytes -= self._sizes.pop(name, 0)
         self._users.pop(name, None)
 
@@ -54,7 +54,7 @@ class PromptMemory:
         return name in self._users
 
     def leaving(self) -> list[str]:
-        """Return what must go to come within the budget: nobody uses it, and it was unused for longest."""
+        """Return which to forget to come within the budget: of those that nobody uses, the ones unused for longest."""
         over, names = self.bytes - self.budget, []
         for name, size in self._sizes.items():
             if over <= 0:

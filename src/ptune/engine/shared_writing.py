@@ -1,7 +1,7 @@
 """Texts of many callers written together, a token a turn, in the engine's thread.
 
-A turn is a call of that thread as any other: it lets texts join that have come since, writes a token of each, and
-stands at the end of the queue again while any text grows. So callers share passes, and other calls come in between.
+Each turn is an ordinary call in that thread's queue: it lets new texts join, writes a token of each, and queues the
+next turn while any text grows. So callers share passes, and other calls come in between.
 
 Knows neither soft prompts nor templates.
 """

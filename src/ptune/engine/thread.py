@@ -17,11 +17,11 @@ class EngineThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ptune-engine")
 
     async def run(self, call: Callable[[], T]) -> T:
-        """Return what a call returns. Where the task that awaits it is cancelled before it begins, it never does."""
+        """Run a call and return its result. It never runs if the task that awaits it is cancelled before its turn."""
         return await asyncio.wrap_future(self._pool.submit(call))
 
     def submit(self, call: Callable[[], None]) -> Future[None]:
-        """Let a call wait for its turn; the future is cancelled where the thread is closed before it has come."""
+        """Queue a call; its future is cancelled if the thread is closed before its turn comes."""
         return self._pool.submit(call)
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ Each row's tokens stand from the first column on, whatever its neighbours' lengt
 a row that joins or leaves moves no other. transformers' own dynamic cache has one length for all rows, and copies all
 keys and values at each token; here a token is written into its place.
 
-Knows nothing of models. Shapes: B rows, K key-value heads, T tokens of a row, W columns in use, D width of a head,
+Knows nothing of models. Shapes: B rows, K key-value heads, T tokens of a row, w columns in use, D width of a head,
 L layers.
 """
 
@@ -38,7 +38,7 @@ class GrowingCache:
 
     @property
     def width(self) -> int:
-        """W, the token of the next pass counted."""
+        """w, the token of the next pass counted."""
         return max(self.lengths) + 1
 
     def join(self, rows: Sequence[Sequence[Tensor]]) -> None:
@@ -68,7 +68,7 @@ class GrowingCache:
             self._halves = None
 
     def next_mask(self) -> Tensor:
-        """Make room for a token of each row, and return what these then see, ``[B, W]`` int64."""
+        """Make room for a token of each row, and return what these then see, ``[B, w]`` int64."""
         assert self._halves is not None
         self._make_room(self._halves[:, 0], len(self.lengths), self.width)
         ends = torch.tensor(self.lengths, device=self._halves.device)
@@ -80,7 +80,7 @@ class GrowingCache:
         self.lengths = [length + 1 for length in self.lengths]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next token of each row ``[B, K, 1, D]``, and return all of a layer, ``[B, K, W, D]``."""
+        """Write the next token of each row ``[B, K, 1, D]``, and return all of a layer, ``[B, K, w, D]``."""
         assert self._halves is not None
         assert self._places is not None
         rows, columns = self._places

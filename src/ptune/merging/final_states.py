@@ -4,7 +4,7 @@ A row is added to the head for every virtual token, and what it gives is its pro
 the states at hand any number of rows is tried without running the model again. What a family does behind its head
 (scale, soft cap) it does itself.
 
-Knows nothing of rows or prompts. Shapes: B batch, T tokens, N positions, H width, V rows, K values.
+Knows nothing of rows or prompts. Shapes: N chosen positions, H width, k of the positions.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Positions:
         return Positions(self.texts, *(part[mine] for part in parts))
 
     def starts(self, chosen: Tensor) -> list[list[int]]:
-        """Return the texts up to chosen positions ``[K]`` int64."""
+        """Return the texts up to chosen positions ``[k]`` int64."""
         pairs = zip(self.text[chosen].tolist(), self.place[chosen].tolist(), strict=True)
         return [self.texts[text][: place + 1] for text, place in pairs]
 
@@ -120,7 +120,7 @@ def write(backbone: Backbone, starts: Sequence[Sequence[int]], seed: int) -> Pos
 
 
 def behind_head(backbone: Backbone, values: Tensor) -> Tensor:
-    """Return what a model makes of what its head gives, each of ``[K]`` by itself: itself, for most models."""
+    """Return what a model makes of what its head gives, each of ``[k]`` by itself: itself, for most models."""
     head, width = backbone.model.get_output_embeddings(), backbone.vocabulary_size
     token = torch.tensor([[backbone.tokenizer.eos_token_id]], device=backbone.device)
     made = []

@@ -5,7 +5,7 @@ for each, its chat template sets them where the task's template wants them, and 
 is written is held to ptune's own engine before the folder gets its name: the ids of every task, and the probability of
 virtual tokens.
 
-Shapes: P virtual tokens of all prompts, H width, V rows of the backbone's input matrix, W of the merged one.
+Shapes: P virtual tokens of all prompts, H width, V rows of the backbone's input matrix, w of the merged one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class MergedModel:
     Attributes:
         folder: of the model.
         tasks: ids of the virtual tokens of each soft prompt, by its name.
-        rows: W, of the new matrix.
+        rows: w, of the new matrix.
         appended: how many of them the backbone's matrix did not have.
         rewritten: files of weights that are new; the others are links to the backbone's.
         untied: the output head was the input matrix and is now one of its own.

@@ -2,7 +2,7 @@
 
 Only the files that hold the two are written anew; the others are hard links, or copies where the disk has none.
 
-Knows checkpoints and configs, and nothing of soft prompts. Shapes: V rows of the input matrix, W rows of the longer
+Knows checkpoints and configs, and nothing of soft prompts. Shapes: V rows of the input matrix, w rows of the longer
 one, H width.
 """
 

@@ -1,6 +1,6 @@
 """Virtual tokens as rows of the matrix on disk, and what rounding them to its dtype costs.
 
-Shapes: P virtual tokens of all prompts, H width, C contexts, V rows.
+Shapes: P virtual tokens of all prompts, H width, B contexts, V rows of the backbone's input matrix.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def rounding_cost(engine: Engine, rows: Tensor, stored: Tensor, contexts: Sequen
     backbone = engine.backbone
     rounded = stored.float() * embedding_scale(backbone)
     relative = float((rounded - rows).norm() / rows.norm())
-    before = _next_tokens(backbone, contexts)  # [C, V]
+    before = _next_tokens(backbone, contexts)  # [B, V]
     tokens, start = backbone.attach(), 0
     try:
         for loaded in engine.prompts.values():
@@ -85,7 +85,7 @@ def rounding_cost(engine: Engine, rows: Tensor, stored: Tensor, contexts: Sequen
         for loaded in engine.prompts.values():
             tokens.set_rows(loaded.first_virtual_id, loaded.prompt.rows.to(backbone.device))
         tokens.detach()
-    likeliest = before.argmax(-1, keepdim=True)  # [C, 1]
+    likeliest = before.argmax(-1, keepdim=True)  # [B, 1]
     return Rounding(
         relative=relative,
         contexts=len(contexts),

@@ -1,8 +1,7 @@
 """The backbone: a frozen pretrained model with its tokenizer. Loads it, keeps it frozen, tells what it is and can do.
 
-Knows nothing of templates, tasks, encoders or training. Shapes: B batch, T tokens of a
-row, virtual ones among them, N chosen positions, C chosen tokens of the vocabulary, H width, V rows of the input
-matrix.
+Knows nothing of templates, tasks, encoders or training. Shapes: B batch, T tokens of a row, virtual ones
+among them, N chosen positions, C chosen tokens of the vocabulary, H width, V rows of the input matrix, n ids.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ class Backbone:
         return VirtualTokens.attach(self.model)
 
     def embeddings(self, ids: Tensor) -> Tensor:
-        """Return what the input embedding gives for ids below V: ``[N] int64 -> [N, H] float32``.
+        """Return what the input embedding gives for ids below V: ``[n] int64 -> [n, H] float32``.
 
         Families that scale inside the embedding module (Gemma) have scaled already.
         """

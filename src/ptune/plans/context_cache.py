@@ -3,6 +3,8 @@
 In memory first; where there is a store on disk, every context is written there too, and what memory has no room for is
 read from there.
 
+A context is the text before a row's first virtual token, not all ids before the answer, as it is in rendering.
+
 Knows nothing of how they are made or used. Shapes: L layers, K key-value heads, F tokens of a context, D width of a
 head.
 """

@@ -2,7 +2,7 @@
 
 Contexts of any lengths are read in one pass, packed or padded, behind keys and values of what stands before each.
 
-Knows nothing of plans or tasks. Shapes: B contexts, S tokens of one, F tokens before it, R tokens of packed contexts,
+Knows nothing of plans or tasks. Shapes: B contexts, T tokens of one, F tokens before it, R tokens of packed contexts,
 L layers, K key-value heads, D width of a head, V rows of the backbone's input matrix.
 """
 
@@ -32,7 +32,7 @@ def read_packed(
         predict: whether logits are wanted.
 
     Returns:
-        The logits behind each, ``[B, V]``, or ``[0, V]``; and its keys and values, ``[2 L, K, S, D]``.
+        The logits behind each, ``[B, V]``, or ``[0, V]``; and its keys and values, ``[2 L, K, T, D]``.
     """
     lengths = tuple(map(len, contexts))
     ends = list(itertools.accumulate(lengths))
@@ -49,9 +49,9 @@ def read_packed(
 def read_padded(
     run: Run, contexts: Sequence[Sequence[int]], pasts: Sequence[Tensor], device: torch.device, *, predict: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Do as `read_packed` does, by a padded batch ``[B, S]``."""
+    """Do as `read_packed` does, by a padded batch ``[B, T]``."""
     lengths = torch.tensor([len(context) for context in contexts])
-    behind = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, S]
+    behind = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, T]
     ids = torch.zeros_like(behind, dtype=torch.long)
     ids[behind] = torch.tensor([token for context in contexts for token in context])
     ids, mask = ids.to(device), behind.long().to(device)

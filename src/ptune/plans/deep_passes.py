@@ -1,7 +1,7 @@
 """Forward passes behind a deep prompt, whose keys and values stand before the text at every layer.
 
-Knows nothing of encoders or templates. Shapes: B batch, T tokens, P virtual tokens, N chosen positions, V rows of the
-backbone's input matrix.
+Knows nothing of encoders or templates. Shapes: B batch, T tokens of a row, P virtual tokens that open it, t tokens
+behind these, N chosen positions, V rows of the backbone's input matrix.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def logits_behind(
 
 
 def mask_from_both_sides(attention_mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """Return the mask of a masked model's attention behind a past: ``[B, 1, T, P + T]``, added to the scores.
+    """Return the mask of a masked model's attention behind a past: ``[B, 1, t, P + t]``, added to the scores.
 
-    Its own forward makes masks for its own T tokens only, and takes one of four dimensions as it is.
+    Its own forward makes masks for its own t tokens only, and takes one of four dimensions as it is.
 
     Args:
-        attention_mask: ``[B, P + T]`` int64.
-        tokens: T.
+        attention_mask: ``[B, P + t]`` int64.
+        tokens: t.
         dtype: the backbone's.
     """
     hidden = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)

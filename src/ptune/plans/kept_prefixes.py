@@ -24,7 +24,7 @@ class KeptPrefixes:
         """Read the virtual tokens of one model.
 
         Args:
-            run_contexts: gives the keys and values of contexts, each ``[2 L, K, P, D]``.
+            run_contexts: gives the keys and values of ids, each ``[2 L, K, P, D]``.
             virtual_tokens: the model's table, where it has one.
         """
         self._run_contexts, self._virtual_tokens = run_contexts, virtual_tokens

@@ -26,7 +26,11 @@ class Group(NamedTuple):
 
 
 def context_of(ids: Sequence[int], vocabulary_size: int) -> tuple[int, ...]:
-    """Return what stands before the first virtual token of a row; nothing where it has none or opens with one."""
+    """Return a row's context as the frozen context plan has it: the text before its first virtual token.
+
+    Not all ids before the answer, which rendering calls the context. Nothing where a row has no virtual token or opens
+    with one.
+    """
     first = next((place for place, token in enumerate(ids) if token >= vocabulary_size), 0)
     return tuple(ids[:first])
 

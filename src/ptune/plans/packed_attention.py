@@ -8,8 +8,8 @@ another, and none sees another group. The function is registered with transforme
 `AttentionInterface`; where rows begin comes to it as a keyword argument of the forward pass, never by a global, and the
 model's setting is as before when the block ends.
 
-Knows nothing of plans, virtual tokens or tasks. Shapes: B rows, P tokens of a prompt, F tokens of a row's past, S of
-the row itself, T tokens of all, L layers, K key-value heads, G query heads, D width of a head.
+Knows nothing of plans, virtual tokens or tasks. Shapes: P virtual tokens of a prompt, F tokens of a row's past, T of
+the row itself, R tokens of all, L layers, K key-value heads, G query heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Packing:
 
     @functools.cached_property
     def places(self) -> Tensor:
-        """At which place each token would stand if its row were alone behind what it sees, ``[1, T]`` int64."""
+        """At which place each token would stand if its row were alone behind what it sees, ``[1, R]`` int64."""
         rows = iter(zip(self.before, self.lengths, strict=True))
         counts: list[range] = []
         for prompt, lengths in self.groups:
@@ -77,7 +77,7 @@ class Packing:
         return torch.tensor([[place for count in counts for place in count]], device=self.device)
 
     def mask(self, row: int) -> Tensor:
-        """What a row of F tokens before and S of its own sees of them, ``[S, F + S]`` bool."""
+        """What a row of F tokens before and T of its own sees of them, ``[T, F + T]`` bool."""
         before, length = self.before[row], self.lengths[row]
         return self._mask[:length, self._most_before - before : self._most_before + length]
 
@@ -119,16 +119,16 @@ def _attend(
     dropout: float = 0.0,
     **_unread: Any,
 ) -> tuple[Tensor, None]:
-    """Return what each token reads, ``[1, T, G, D]``; transformers calls it in every attention layer.
+    """Return what each token reads, ``[1, R, G, D]``; transformers calls it in every attention layer.
 
-    Rows are attended to one by one: they need no padding, and nothing as large as ``T x T`` is ever made. On a
-    processor this was the fastest of the ways tried (docs/performance.md).
+    Rows are attended to one by one: they need no padding, and nothing as large as ``R x R`` is ever made. On a
+    processor this was the fastest of the ways tried (docs/measured.md).
 
     Args:
         module: the layer.
-        query: ``[1, G, T, D]``.
-        key: ``[1, K, T, D]``.
-        value: ``[1, K, T, D]``.
+        query: ``[1, G, R, D]``.
+        key: ``[1, K, R, D]``.
+        value: ``[1, K, R, D]``.
         attention_mask: None, for the packing says all.
         packing: where rows begin.
         scaling: of the scores; ``D ** -0.5`` where absent.

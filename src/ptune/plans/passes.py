@@ -41,7 +41,7 @@ class Run(Protocol):
             positions: ``[B, T]`` bool.
             past: keys and values of what stands before.
             keep: whether keys and values are wanted.
-            wanted: hidden states ``[N, H]``, where it is no logits.
+            wanted: what to return: logits ``[N, V]``, or one of two kinds of hidden states ``[N, H]`` (see `Wanted`).
             packing: where rows begin that stand one behind another in one; None where each has its own.
         """
 

@@ -13,9 +13,9 @@ Where rows cannot be packed, a batch with much padding is run in groups of simil
 A plan is chosen from the ids alone, batch by batch, so nothing need be said by tasks or templates. Where rows of
 several prompts stand in one batch, those that open alike stand together and share what they open with.
 
-Knows nothing of encoders, tasks or training. Shapes: B batch, T tokens, P virtual tokens that open a row, F tokens of a
-context, S tokens of what follows it, R tokens of packed rows, N chosen positions, H width, V rows of the backbone's
-input matrix.
+Knows nothing of encoders, tasks or training. Shapes: B batch, T tokens, F tokens of a context, N chosen positions, H
+width, V rows of the backbone's input matrix, L layers, K key-value heads, D width of a head; g rows that run together,
+s tokens of what follows their contexts.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ class Plans:
     def outputs(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, wanted: Wanted = "logits"
     ) -> Tensor:
-        """Return the logits after positions, ``[N, V]``, by the cheapest plan that gives them.
+        """Return the logits after positions, ``[N, V]``, or hidden states there, by the cheapest plan that gives them.
 
         Args:
             input_ids: ``[B, T]`` int64.
             attention_mask: ``[B, T]`` int64.
             positions: ``[B, T]`` bool.
-            wanted: hidden states ``[N, H]`` in place of logits, where it says so.
+            wanted: what to return: logits ``[N, V]``, or one of two kinds of hidden states ``[N, H]`` (see `Wanted`).
         """
         run = functools.partial(self._run, wanted=wanted)
         input_ids, attention_mask, positions = without_unread(input_ids, attention_mask, positions)
@@ -300,7 +300,7 @@ class Plans:
         """Return the outputs ``[N, ...]`` of all rows, run in groups of similar length where that saves padding.
 
         Args:
-            run_group: runs the rows of these numbers, ``[G]`` int64, up to a place, and returns their outputs in order.
+            run_group: runs the rows of these numbers, ``[g]`` int64, up to a place, and returns their outputs in order.
             attention_mask: ``[B, T]`` int64.
             positions: ``[B, T]`` bool.
             kept: how many tokens of each row are not run again, ``[B]`` int64.
@@ -355,10 +355,10 @@ class Plans:
         def run_group(rows: Tensor, end: int) -> Tensor:
             own, longest = lengths[rows], int(lengths[rows].max())
             past = padded([pasts[row] for row in rows.tolist()], longest, pasts[0].dtype, device)
-            places = own[:, None] + steps[: int((ends[rows] - own).max())]  # [G, S]
+            places = own[:, None] + steps[: int((ends[rows] - own).max())]  # [g, s]
             within = places < ends[rows, None]
             places = places.clamp(max=end - 1)
-            heard = steps[:longest] >= longest - own[:, None]  # [G, F], zeros stand in front
+            heard = steps[:longest] >= longest - own[:, None]  # [g, F], zeros stand in front
             mask = torch.cat([heard, within], dim=-1).to(attention_mask.dtype)
             chosen = positions[rows].gather(-1, places) & within
             return run(input_ids[rows].gather(-1, places), mask, chosen, new_cache(past, len(rows)))[0]
@@ -372,10 +372,10 @@ class Plans:
     def read(
         self, contexts: Sequence[Sequence[int]], pasts: Sequence[Tensor] = (), *, predict: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
-        """Read contexts without gradient, and what comes next where it is to be predicted.
+        """Read ids without gradient, and what comes next where it is to be predicted.
 
         Args:
-            contexts: ids of each, at least one.
+            contexts: ids of each, at least one; any, virtual tokens among them or alone.
             pasts: keys and values of what stands before each, ``[2 L, K, F, D]``; none where nothing does.
             predict: whether logits are wanted.
 
@@ -396,5 +396,5 @@ class Plans:
         return self._run(input_ids, attention_mask, torch.ones_like(input_ids, dtype=torch.bool), past)[0]
 
     def _run_contexts(self, contexts: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Return the keys and values of contexts, each ``[2 L, K, F, D]`` of its own length."""
+        """Return keys and values of contexts, or of virtual tokens for kept prefixes, each ``[2 L, K, F, D]``."""
         return self.read(contexts, predict=False)[1]

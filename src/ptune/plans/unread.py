@@ -2,7 +2,7 @@
 
 The label of a text is one of them, and the end token of an answer: they are predicted, and predict nothing.
 
-Knows ids, masks and positions, and nothing of models or plans. Shapes: B batch, T tokens, S of them that are kept.
+Knows ids, masks and positions, and nothing of models or plans. Shapes: B batch, T tokens, t of them that are kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def without_unread(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the three of a causal model, each ``[B, S]``, with pads in place of what nothing reads.
+    """Return the three of a causal model, each ``[B, t]``, with pads in place of what nothing reads.
 
     A row of which nothing is chosen stays whole, and so does a batch in which pads are chosen.
 

@@ -2,7 +2,7 @@
 
 Tasks render a row as context and answer end to end, as for every kind of model. Where the answer begins is where the
 first position stands that predicts something: the context goes into the encoder, the answer behind the start token
-into the decoder. Knows nothing of tasks or templates. Shapes: B batch, T tokens, D tokens of the longest answer.
+into the decoder. Knows nothing of tasks or templates. Shapes: B batch, T tokens, d tokens of the longest answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def split_rows(
         start_id: what the decoder reads first.
 
     Returns:
-        The keyword arguments of the model's forward, and ``[B, D]`` bool: the same positions in the decoder's own.
+        The keyword arguments of the model's forward, and ``[B, d]`` bool: the same positions in the decoder's own.
 
     Raises:
         BackboneError: a row has no position, so that there is no telling context from answer.
@@ -39,8 +39,8 @@ def split_rows(
     last = (positions * columns).amax(-1, keepdim=True)
     context = (columns <= first) & attention_mask.bool()
     width = int(first.max()) + 1
-    steps = torch.arange(int((last - first).max()) + 1, device=input_ids.device)  # [D]
-    places = first + steps  # [B, D]
+    steps = torch.arange(int((last - first).max()) + 1, device=input_ids.device)  # [d]
+    places = first + steps  # [B, d]
     within = places <= last
     places = places.clamp(max=input_ids.shape[1] - 1)
     decoder_ids = input_ids.gather(-1, places)

@@ -1,6 +1,6 @@
 """What tells one backbone from others, the same for every load dtype: JSON of a few hundred bytes.
 
-Knows nothing of tasks or soft prompts. Shapes: H width, S sampled rows, V rows of the input matrix.
+Knows nothing of tasks or soft prompts. Shapes: H width, s sampled rows, V rows of the input matrix.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _COLUMNS = 8
 
 
 def sampled_ids(vocabulary_size: int) -> Tensor:
-    """Return the ids whose rows the fingerprint shows, ``[S]`` int64."""
+    """Return the ids whose rows the fingerprint shows, ``[s]`` int64."""
     return torch.linspace(0, vocabulary_size - 1, _ROWS).long()
 
 
@@ -37,8 +37,8 @@ def fingerprint(kind: str, config: PreTrainedConfig, rows: Tensor, embeddings: T
     Args:
         kind: of the model, for the same weights mean another thing to BERT as a decoder.
         config: the model's.
-        rows: of the input matrix at `sampled_ids`, ``[S, H]`` of any float dtype.
-        embeddings: what the embedding module gives for the same ids, ``[S, H]`` float32.
+        rows: of the input matrix at `sampled_ids`, ``[s, H]`` of any float dtype.
+        embeddings: what the embedding module gives for the same ids, ``[s, H]`` float32.
     """
     rows = rows.detach().float()
     scaled = embeddings.norm() / rows.norm()

@@ -1,6 +1,7 @@
 """The loss of supervised tokens, and the one place where labels are shifted to what comes next.
 
-Shapes: B batch, T tokens, N chosen positions, H width, V rows of the backbone's input or output matrix.
+Shapes: B batch, T tokens, N chosen positions, H width, V rows of the output matrix, c positions of a
+chunk.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class _SummedLinearLoss(torch.autograd.Function):
         at_once = max(1, _LOGITS_AT_ONCE // len(matrix))
         for start in range(0, len(states), at_once):
             chunk = slice(start, start + at_once)
-            right = labels[chunk, None]  # [C, 1]
+            right = labels[chunk, None]  # [c, 1]
             logits = functional.linear(states[chunk], matrix, bias)
-            log_probabilities = torch.log_softmax(at_least_float32(logits), -1)  # [C, V]
+            log_probabilities = torch.log_softmax(at_least_float32(logits), -1)  # [c, V]
             loss -= log_probabilities.gather(-1, right).sum()
             if gradient is not None:
                 wrong = log_probabilities.exp_()

@@ -6,7 +6,7 @@ does besides (a scale, a soft cap, a matrix in parts) makes its head not plain, 
 logits then; which of the two it is, is found out by trying and not by the family's name.
 
 Knows nothing of plans, tasks or virtual tokens. Shapes: B batch, T tokens, N chosen positions, H width, V rows of the
-output matrix, C chosen rows of it.
+output matrix, C chosen tokens.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class OutputHead:
 
         Args:
             positions: ``[B, T]`` bool; None for all.
-            wanted: where it is no logits, let the head see no hidden states at all, and take them away instead.
+            wanted: logits, or one of two kinds of hidden states (see `Wanted`), which are then kept from the head.
 
         Returns:
-            A list, which then holds what is wanted at the positions, ``[N, H]``, where it is no logits.
+            A list, which then holds the hidden states at the positions, ``[N, H]``; empty where logits are wanted.
         """
         head, body = self._model.get_output_embeddings(), self._model.base_model
         taken: list[Tensor] = []

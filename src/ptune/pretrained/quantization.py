@@ -5,7 +5,7 @@ the hidden states, one layer at a time: what is kept for the backward pass is th
 the scale, so a step takes no more memory than in half precision. Embeddings, norms and the output head stay as they
 are, and with them the fingerprint.
 
-Knows nothing of tasks, virtual tokens or training. Shapes: N outputs of a layer, K inputs, G of them with one scale.
+Knows nothing of tasks, virtual tokens or training. Shapes: n outputs of a layer, k inputs, g of them with one scale.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ from ptune.errors import BackboneError, MissingExtraError
 Bits = Literal["int8", "int4"]
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 _GROUP = 32
-"""G of int4; a layer whose K is no multiple of it stays as it is."""
+"""g of int4; a layer whose k is no multiple of it stays as it is."""
 
 
 class Rounded(Protocol):
     """A weight of few bits."""
 
     def dequantize(self) -> Tensor:
-        """Return the weight ``[N, K]`` as the layers multiply it."""
+        """Return the weight ``[n, k]`` as the layers multiply it."""
 
 
 class Int4Weight:
-    """A weight ``[N, K]`` of four bits, two numbers a byte; torchao's own tensor for processors takes a byte for each.
+    """A weight ``[n, k]`` of four bits, two numbers a byte; torchao's own tensor for processors takes a byte for each.
 
     Attributes:
-        packed: ``[N, K / 2]`` uint8.
-        scale: ``[N, K / G]``, of the hidden states' dtype.
-        zero: ``[N, K / G]`` int8, the number that means zero.
+        packed: ``[n, k / 2]`` uint8.
+        scale: ``[n, k / g]``, of the hidden states' dtype.
+        zero: ``[n, k / g]`` int8, the number that means zero.
     """
 
     def __init__(self, numbers: Tensor, scale: Tensor, zero: Tensor) -> None:
-        """Pack ``numbers``, ``[N, K]`` int8 from -8 to 7."""
+        """Pack ``numbers``, ``[n, k]`` int8 from -8 to 7."""
         shifted = (numbers + 8).to(torch.uint8)
         self.packed = shifted[:, ::2] | (shifted[:, 1::2] << 4)
         self.scale, self.zero = scale, zero
 
     def dequantize(self) -> Tensor:
-        """Return the weight ``[N, K]`` in the dtype of its scale."""
-        pairs = torch.stack([self.packed & 15, self.packed >> 4], dim=-1)  # [N, K / 2, 2]
-        numbers = pairs.view(len(pairs), -1, _GROUP).to(self.scale.dtype) - 8  # [N, K / G, G]
+        """Return the weight ``[n, k]`` in the dtype of its scale."""
+        pairs = torch.stack([self.packed & 15, self.packed >> 4], dim=-1)  # [n, k / 2, 2]
+        numbers = pairs.view(len(pairs), -1, _GROUP).to(self.scale.dtype) - 8  # [n, k / g, g]
         zero = self.zero.to(self.scale.dtype)[..., None]
         return ((numbers - zero) * self.scale[..., None]).view(len(pairs), -1)
 
 
 class _Product(torch.autograd.Function):
-    """``states [..., K] x weight [N, K] -> [..., N]``; the weight in full is made anew in the backward pass."""
+    """``states [..., k] x weight [n, k] -> [..., n]``; the weight in full is made anew in the backward pass."""
 
     @staticmethod
     def forward(context: Any, states: Tensor, weight: Rounded, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,8 @@ al. 2021, "The Power of Scale", section 3.2 (sampled vocabulary, class labels, r
 rows of an earlier soft prompt (Vu et al. 2022, "SPoT").
 
 Knows nothing of encoders, templates or how backbones and files are read: it is given functions for both.
-Shapes: P virtual tokens, H width, N ids, V rows of the backbone's input matrix.
+Shapes: P virtual tokens, H width, n ids, V rows of the backbone's input matrix, p rows of an
+earlier soft prompt.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ def initial_rows(
     Args:
         start: the method, with its text or soft prompt.
         count: P, how many rows.
-        embeddings: ``[N] int64 -> [N, H]``, what the input embedding gives, after any scaling of its own (Gemma).
+        embeddings: ``[n] int64 -> [n, H]``, what the input embedding gives, after any scaling of its own (Gemma).
         tokenizer: the backbone's.
         vocabulary_size: V. A tokenizer may have fewer tokens: the rows beyond them are never taken.
         label_words: what stands for each label, blanks kept, for method ``labels``.
-        prompt_rows: reads a soft prompt's rows ``[P', H]`` by its folder, for method ``prompt``.
+        prompt_rows: reads a soft prompt's rows ``[p, H]`` by its folder, for method ``prompt``.
         seed: of sampled words and of noise. Global generators are not touched.
 
     Raises:

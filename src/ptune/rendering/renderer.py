@@ -162,7 +162,7 @@ class Renderer:
         return min(limits, default=None)
 
     def context(self, record: Mapping[str, Any], *, reserve: int = 0) -> list[int]:
-        """Return the ids before the answer, with as much of a conversation as fits.
+        """Return the context: all ids before the answer, virtual tokens among them, with what fits of a conversation.
 
         Args:
             record: the fields that the template names; optional ones may be absent.

@@ -120,7 +120,7 @@ class EmbeddedTasks:
         return Posted(COMPLETIONS, self._with_prompt(body, ids, loaded))
 
     async def hindrance(self, client: httpx.AsyncClient, url: str, model: str) -> str | None:
-        """Return why a server cannot have these requests, None where it can: words by id and by row say the same."""
+        """Return why a server gets no requests; None where the same words, as ids and as rows, have one answer."""
         ids = torch.linspace(0, self._backbone.vocabulary_size - 1, _PROBE_TOKENS + 2).long()[1:-1].tolist()
         told = []
         for prompt in ({"prompt": ids}, {"prompt_embeds": as_embeds(self._backbone.rows(ids))}):

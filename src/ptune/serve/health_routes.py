@@ -1,4 +1,4 @@
-"""What looks after a server asks: is it alive, is it ready, what has it done."""
+"""What those ask who look after a server: is it alive, is it ready, what has it done."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class Scoring(Reading):
     def __init__(
         self, path: str, served: Served | None, records: Callable[[LoadedPrompt], list[dict[str, Any]]], rows: int
     ) -> None:
-        """Take what makes the records once the soft prompt is there, and how many they will be."""
+        """Take the function that makes the records once the soft prompt is loaded, and their number."""
         super().__init__(path, served, rows)
         self._make_records = records
         self._records: list[dict[str, Any]] = []
@@ -159,15 +159,15 @@ class Writing(Job):
         most_new_tokens: int,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> None:
-        """Take what makes the context once the soft prompt is there, given how many tokens the answer may have.
+        """Take the function that makes the context once the soft prompt is loaded.
 
         Args:
             path: of the request.
             served: the soft prompt; None for the bare model.
-            context: makes it.
+            context: makes it, given the loaded soft prompt and how many tokens the answer may have.
             options: of `GenerationOptions`, but for the length.
             max_new_tokens: as the soft prompt's task says, where absent.
-            most_new_tokens: where the task says more.
+            most_new_tokens: upper limit on the task's own length.
             on_piece: gets each piece of text, in the engine's thread.
         """
         super().__init__(path, served, 1)

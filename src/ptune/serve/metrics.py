@@ -30,7 +30,7 @@ class RequestMetrics:
 
 
 class Metrics(RequestMetrics):
-    """Of a server over an engine: batches, and the soft prompts in memory, as well."""
+    """What a server over an engine counts: batches and the soft prompts in memory as well."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Metrics(RequestMetrics):
 
 
 class GatewayMetrics(RequestMetrics):
-    """Of a gateway: the servers behind it, as well."""
+    """What a gateway counts: the servers behind it as well."""
 
     def __init__(self) -> None:
         super().__init__()

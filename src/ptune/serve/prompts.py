@@ -168,7 +168,7 @@ class VersionsInMemory:
         self._known: set[Served] = set()
 
     def hold(self, served: Served) -> LoadedPrompt:
-        """Return a version, loaded where need be; it stays until it was let go as often as it was held.
+        """Return a version, loaded if it is not yet; it stays until each `hold` has had its `let_go`.
 
         Raises:
             RefusedError: 404, it cannot be loaded, or not any more.

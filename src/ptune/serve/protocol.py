@@ -1,7 +1,7 @@
 """The bodies of requests and answers: OpenAI's shapes, and those of administration. Knows no engine.
 
-A member is honoured or refused: what the server does not know, or knows only at the value at which it does nothing, is
-an error and never dropped.
+A member is honoured or refused, and never dropped: an unknown one is an error, and so is any value but the one that
+changes nothing (as n: 1) of a member that is known and not offered.
 """
 
 from __future__ import annotations

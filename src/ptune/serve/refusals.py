@@ -81,7 +81,7 @@ def unusable_model(name: str, reason: str) -> RefusedError:
 
 
 def check_path(path: str, task: str | None) -> None:
-    """See that a path is where soft prompts of a task, or None for the bare model, are asked.
+    """See that a path answers for soft prompts of a task; a task of None is the bare model.
 
     Raises:
         RefusedError: 400, it is not; names those that are.

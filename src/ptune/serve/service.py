@@ -107,7 +107,7 @@ class Service:
 
 
 def hand_over(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], event: Any) -> None:
-    """Put an event into a queue of the loop from another thread; nowhere, if the loop is gone."""
+    """Put an event into a queue of the loop from another thread; do nothing once the loop is closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(queue.put_nowait, event)
 

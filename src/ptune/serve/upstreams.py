@@ -41,7 +41,7 @@ class Upstream:
         in_flight: requests that it works on.
         models: what its ``/v1/models`` lists.
         silent: probes in a row that it did not answer in time.
-        hindrance: why it answers and yet cannot have what is sent.
+        hindrance: why it gets no requests although it answers; None where it gets them.
     """
 
     url: str
@@ -91,8 +91,8 @@ class Upstreams:
     ) -> AsyncIterator[httpx.Response]:
         """Send a request to the least busy server, and to another where that fails; yield the answer.
 
-        An answer that is not streamed is read to its end, one that is to the end of its head: until then there may be
-        another server, then none any more.
+        A whole answer is read to its end before it is yielded, a streamed one to the end of its headers. Until then
+        another server may be asked, and none from then on.
 
         Args:
             path: of the request.

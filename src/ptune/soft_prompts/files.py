@@ -4,7 +4,7 @@
     adapter_*, README.md      PEFT's own pair where it fits, and a model card
     ptune.json                everything else and the SHA-256 of the tensors, written last: the save is complete
 
-While a new save stands half, the tensors that ``ptune.json`` means are kept beside the new ones, so that at every
+Until a new save is complete, the tensors that ``ptune.json`` means are kept beside the new ones, so that at every
 moment the folder loads as the old soft prompt or the new one.
 
 Knows the settings' names and nothing of templates, backbones or models. Shapes: P virtual tokens, H width, W as in

@@ -106,7 +106,7 @@ class Library:
 
         Args:
             name: its own.
-            loaded: names of others that need not be looked for, to be told with the known ones.
+            loaded: names that are loaded already, which the error lists beside those of the folder.
 
         Raises:
             SoftPromptError: there is none of that name.
@@ -121,9 +121,9 @@ class Library:
         return self._folders[name]
 
     def add(self, name: str, folder: Path) -> None:
-        """Let a name mean a soft prompt that may lie elsewhere."""
+        """Know the soft prompt in a folder, wherever that lies, by a name."""
         self._folders[name] = folder
 
     def drop(self, name: str) -> None:
-        """Let it mean nothing."""
+        """Forget a name, if it is known."""
         self._folders.pop(name, None)

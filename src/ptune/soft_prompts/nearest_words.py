@@ -1,7 +1,7 @@
 """Which words of the vocabulary lie nearest to each virtual token: to look at, and not to read much into.
 
 Knows soft prompts and their backbones, and nothing of files or of how the virtual tokens came about.
-Shapes: P virtual tokens, H width, N ids of the tokenizer, C ids of a chunk, K nearest.
+Shapes: P virtual tokens, H width, c ids of a chunk, k nearest.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def words_of_prompt(prompt: SoftPrompt, model: str | None, count: int) -> tuple[
     Args:
         prompt: whose backbone is loaded.
         model: another copy of the backbone; the one that the prompt names where absent.
-        count: K, how many words.
+        count: k, how many words.
 
     Raises:
         BackboneError: a model was given, and cannot be loaded; the one that the prompt names may be gone.
@@ -79,16 +79,16 @@ def nearest_words(rows: Tensor, backbone: Backbone, count: int = 5, *, chunk_siz
     Args:
         rows: ``[P, H]`` of any float dtype.
         backbone: whose vocabulary is searched.
-        count: K, how many words; fewer where the tokenizer has fewer.
-        chunk_size: C, rows of the input matrix compared at a time; 8192 of width 4096 are 128 MiB.
+        count: k, how many words; fewer where the tokenizer has fewer.
+        chunk_size: c, rows of the input matrix compared at a time; 8192 of width 4096 are 128 MiB.
     """
     rows = rows.detach().to(backbone.device, torch.float32)
     ids = sorted({i for i in backbone.tokenizer.get_vocab().values() if i < backbone.vocabulary_size})
     by_cosine, by_distance = _Best(len(rows), count, rows.device), _Best(len(rows), count, rows.device)
     for chunk in torch.tensor(ids, device=backbone.device).split(chunk_size):
-        words = backbone.embeddings(chunk)  # [C, H]
-        products = rows @ words.T  # [P, C]
-        lengths = words.norm(dim=-1)  # [C]
+        words = backbone.embeddings(chunk)  # [c, H]
+        products = rows @ words.T  # [P, c]
+        lengths = words.norm(dim=-1)  # [c]
         cosines = products / (lengths * rows.norm(dim=-1, keepdim=True)).clamp(min=1e-12)
         # Of the squared distance only what differs between words: enough to rank, and less is cancelled.
         nearness = 2 * products - lengths.square()
@@ -108,15 +108,15 @@ def nearest_words(rows: Tensor, backbone: Backbone, count: int = 5, *, chunk_siz
 
 
 class _Best:
-    """The K best ids of each virtual token among the chunks seen so far."""
+    """The k best ids of each virtual token among the chunks seen so far."""
 
     def __init__(self, rows: int, count: int, device: torch.device) -> None:
         self._count = count
-        self._scores = torch.empty(rows, 0, device=device)  # [P, <= K]
-        self.ids = torch.empty(rows, 0, dtype=torch.long, device=device)  # [P, <= K]
+        self._scores = torch.empty(rows, 0, device=device)  # [P, <= k]
+        self.ids = torch.empty(rows, 0, dtype=torch.long, device=device)  # [P, <= k]
 
     def add(self, scores: Tensor, ids: Tensor) -> None:
-        """Take a chunk's scores ``[P, C]`` and ids ``[C]`` into account; greater is nearer."""
+        """Take a chunk's scores ``[P, c]`` and ids ``[c]`` into account; greater is nearer."""
         all_scores = torch.cat([self._scores, scores], dim=-1)
         all_ids = torch.cat([self.ids, ids.expand(len(scores), -1)], dim=-1)
         self._scores, places = all_scores.topk(min(self._count, all_scores.shape[-1]), dim=-1)
@@ -124,9 +124,9 @@ class _Best:
 
 
 def _words(rows: Tensor, backbone: Backbone, ids: Tensor) -> list[list[Word]]:
-    """Return the chosen ids ``[P, K]`` as words, measured exactly."""
+    """Return the chosen ids ``[P, k]`` as words, measured exactly."""
     count, chosen = ids.shape
-    words = backbone.embeddings(ids.flatten()).view(count, chosen, -1)  # [P, K, H]
+    words = backbone.embeddings(ids.flatten()).view(count, chosen, -1)  # [P, k, H]
     cosines = functional.cosine_similarity(rows.unsqueeze(1), words, dim=-1).tolist()
     distances = (rows.unsqueeze(1) - words).norm(dim=-1).tolist()
     return [

@@ -3,7 +3,7 @@
 Each choice is set where the answer stands and scored by the log-probability of its tokens, summed, or a token's mean
 where ``normalise`` says so, for longer texts are less likely whatever they say.
 
-Shapes: E examples, C choices, S tokens of all choices of all examples, V rows of the backbone's input matrix.
+Shapes: E examples, C choices, N places read, one for each token of all choices, V rows of the backbone's input matrix.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class Choice(ScoringTask):
         return tuple(_behind(context, ids) for ids in answers)
 
     def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
-        """Return the choices' scores ``[E, C]`` from what is read, logits ``[S, V]``."""
+        """Return the choices' scores ``[E, C]`` from what is read, logits ``[N, V]``."""
         rows = [row for example in examples for row in example]
-        tokens = torch.tensor([label for row in rows for label in row.labels if label != IGNORED])  # [S]
-        row_of = torch.tensor([number for number, row in enumerate(rows) for _ in row.read_at])  # [S]
+        tokens = torch.tensor([label for row in rows for label in row.labels if label != IGNORED])  # [N]
+        row_of = torch.tensor([number for number, row in enumerate(rows) for _ in row.read_at])  # [N]
         log_probabilities = torch.log_softmax(at_least_float32(read), -1)
-        chosen = log_probabilities.gather(-1, tokens.to(read.device)[:, None]).squeeze(-1)  # [S]
+        chosen = log_probabilities.gather(-1, tokens.to(read.device)[:, None]).squeeze(-1)  # [N]
         scores = chosen.new_zeros(len(rows)).index_add(0, row_of.to(read.device), chosen)
         if self.config.normalise:
             scores = scores / torch.tensor([len(row.read_at) for row in rows]).to(scores)

@@ -4,7 +4,8 @@ A label's score is the summed log-probability of its tokens; the loss is the cro
 (Schick and Schütze 2021, section 3; for single tokens the model's own normaliser cancels out). Which rows a record
 needs for that, and where each token is read, `label_reading` says for each kind of model.
 
-Shapes: E examples, S places read in one example, C labels, J tokens of the longest label, V rows.
+Shapes: E examples, C labels, N places read, V rows of the backbone's input matrix, s places read in one
+example, j tokens of the longest label.
 """
 
 from __future__ import annotations
@@ -109,11 +110,11 @@ class Classification(ScoringTask):
         return scores - self.scores(backbone, [self.rows(empty)], backbone.tokenizer.pad_token_id).float().cpu()
 
     def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
-        """Return the labels' scores ``[E, C]`` from what is read, logits ``[E * S, V]``."""
+        """Return the labels' scores ``[E, C]`` from what is read, logits ``[N, V]``."""
         log_probabilities = torch.log_softmax(at_least_float32(read), -1)
-        log_probabilities = log_probabilities.view(len(examples), -1, read.shape[-1])  # [E, S, V]
+        log_probabilities = log_probabilities.view(len(examples), -1, read.shape[-1])  # [E, s, V]
         reading = self._reading
-        chosen = log_probabilities[:, reading.place, reading.token] * reading.mask.to(log_probabilities)  # [E, C, J]
+        chosen = log_probabilities[:, reading.place, reading.token] * reading.mask.to(log_probabilities)  # [E, C, j]
         scores = chosen.sum(-1)
         return scores / reading.mask.sum(-1).to(scores) if self.config.calibration == "length" else scores
 

@@ -7,7 +7,7 @@ before their last token.
 **From both sides** a label of n tokens is read at n masks, each token at its own (Liu et al. 2021, section 4; Schick
 and Schütze 2021, section 3): a record needs one row for each length that a label has.
 
-Shapes: C labels, J tokens of the longest label, S places read in one example.
+Shapes: C labels, j tokens of the longest label, s places read in one example.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class LabelReading:
     Attributes:
         prefixes: what follows the context in each row of an example; empty for a masked model.
         masks: how many masks stand in each row of an example; empty for others.
-        place: ``[C, J]`` int64, among the S places of an example in the order of its rows.
-        token: ``[C, J]`` int64, the label's token.
-        mask: ``[C, J]`` bool, False behind a label's last token.
+        place: ``[C, j]`` int64, among the s places of an example in the order of its rows.
+        token: ``[C, j]`` int64, the label's token.
+        mask: ``[C, j]`` bool, False behind a label's last token.
     """
 
     prefixes: tuple[tuple[int, ...], ...]

@@ -3,7 +3,7 @@
 For many labels, whose words would be long or hard to tell apart, for labels that no words stand for, and for records
 with several labels. A masked model reads at a mask, others at the last token of the context.
 
-Shapes: E examples, C labels, H width of hidden states.
+Shapes: E examples, C labels, N places read, H width of hidden states.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class MultiLabelClassification(LinearClassification):
         return Example(self.rows(record), self._targets(record), weight=1)
 
     def loss_of(self, answer: Tensor, examples: Sequence[Example]) -> Tensor:
-        """Return the binary cross-entropy, a mean over labels, summed over examples, of hidden states ``[S, H]``."""
+        """Return the binary cross-entropy, a mean over labels, summed over examples, of hidden states ``[N, H]``."""
         scores = self.scores_of(answer, [example.rows for example in examples])  # [E, C]
         return self._loss(scores, [example.target for example in examples])
 

@@ -3,7 +3,7 @@
 What is read there is logits, or the last layer's hidden states where a linear head makes scores of them. Rows of any
 tasks that read the same can share a pass (`ptune.engine.mixed_batches`).
 
-Shapes: S places read, V rows of the backbone's input matrix, C outputs of a linear head, H width of hidden states.
+Shapes: N places read, V rows of the backbone's input matrix, C outputs of a linear head, H width of hidden states.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class ReadingTask(Task):
         Args:
             record: the record.
             rows: its rows.
-            read: ``[S, V]`` logits or ``[S, H]`` hidden states, of all places that the rows read, in their order.
+            read: ``[N, V]`` logits or ``[N, H]`` hidden states, of all places that the rows read, in their order.
             backbone: that they come from.
         """
 
     def asked(self, rows: Sequence[Row], pad_id: int, columns: Tensor | None = None) -> Asked:
-        """Return the question for what all places of rows hold, in their order: ``[S, V]`` or ``[S, H]``.
+        """Return the question for what all places of rows hold, in their order: ``[N, V]`` or ``[N, H]``.
 
-        For the logits of some tokens alone, ``[S, C]``, where they are given as ``columns``, ``[C]`` int64.
+        For the logits of some tokens alone, ``[N, C]``, where they are given as ``columns``, ``[C]`` int64.
         """
         batch = collate(rows, pad_id)
         positions = torch.zeros_like(batch.input_ids, dtype=torch.bool)  # [B, T]
@@ -58,11 +58,11 @@ class ReadingTask(Task):
         )
 
     def read(self, forward: Forward, rows: Sequence[Row], pad_id: int) -> Tensor:
-        """Return what `asked` asks for, by one forward pass: ``[S, V]``, ``[S, C]`` or ``[S, H]``."""
+        """Return what `asked` asks for, by one forward pass: ``[N, V]``, ``[N, C]`` or ``[N, H]``."""
         return self.asked(rows, pad_id).of(forward)
 
     def head_scores(self, states: Tensor) -> Tensor:
-        """Return the linear head's scores ``[S, C]`` for hidden states ``[S, H]``."""
+        """Return the linear head's scores ``[N, C]`` for hidden states ``[N, H]``."""
         assert self.head is not None, "a task that reads states is answered with its head, and has none"
         return self.head(states)
 

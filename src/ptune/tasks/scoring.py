@@ -4,7 +4,7 @@ The loss is the cross-entropy over the scores; probabilities are their softmax, 
 prompt's temperature (`calibration`), which changes no label. Which answers there are, and how each is scored, a task of
 its own says: `classification` by a verbalizer, `choice` by texts in the record.
 
-Shapes: E examples, C answers.
+Shapes: E examples, C answers, N places read, V rows of the backbone's input matrix, H width of hidden states.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ScoringTask(ReadingTask):
         """Return the scores ``[E, C]``, log-probabilities but for a constant in each row.
 
         Args:
-            read: logits ``[S, V]``, or hidden states ``[S, H]``, of all places that the rows read, in their order.
+            read: logits ``[N, V]``, or hidden states ``[N, H]``, of all places that the rows read, in their order.
             examples: the rows of each.
         """
 
@@ -91,7 +91,7 @@ class ScoringTask(ReadingTask):
         return self._asked([example.rows for example in examples], pad_id)
 
     def loss_of(self, answer: Tensor, examples: Sequence[Example]) -> Tensor:
-        """Return the cross-entropy over the answers, summed over examples: a scalar of logits ``[S, V]``."""
+        """Return the cross-entropy over the answers, summed over examples: a scalar of logits ``[N, V]``."""
         scores = self._scores(answer, [example.rows for example in examples])
         return self._summed_loss(scores, torch.tensor([example.target for example in examples], device=scores.device))
 
@@ -111,11 +111,11 @@ class ScoringTask(ReadingTask):
     def answer_read(
         self, record: Mapping[str, Any], rows: Sequence[Row], read: Tensor, backbone: Backbone
     ) -> dict[str, Any]:
-        """Return what `predict` says of a record, from logits ``[S, V]`` or hidden states ``[S, H]``."""
+        """Return what `predict` says of a record, from logits ``[N, V]`` or hidden states ``[N, H]``."""
         return self.answers_from([record], [self.scores_read(rows, read)], backbone)[0]
 
     def scores_read(self, rows: Sequence[Row], read: Tensor) -> Tensor:
-        """Return a record's scores ``[C]``, not corrected yet, from logits ``[S, V]`` or hidden states ``[S, H]``."""
+        """Return a record's scores ``[C]``, not corrected yet, from logits ``[N, V]`` or hidden states ``[N, H]``."""
         return self.scores_of(read, [rows]).float().cpu()[0]
 
     def answers_from(

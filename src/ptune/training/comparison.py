@@ -37,7 +37,7 @@ class Comparison:
         shift: mean change of the answers' probabilities, of all labels together; None for free text and tags.
         off_task: question, the bare model's answer, the answer with the prompt; None for tasks without free text.
         by_head: a trained linear head gave the answers, those without the prompt too.
-        all_alike: with the prompt all texts are one, and the right answers are not.
+        all_alike: with the prompt all answers are the same text, though the right ones differ.
     """
 
     changed: int
@@ -49,7 +49,7 @@ class Comparison:
 
     @property
     def warning(self) -> str | None:
-        """What to say where the prompt changes no answer, or makes all texts one; None where all is well."""
+        """What to say where the prompt changes no answer, or makes all of them the same; None where all is well."""
         if self.changed and self.all_alike:
             return (
                 f"all {self.total} answers with the prompt are one and the same text, whatever is asked: train longer, "

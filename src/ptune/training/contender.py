@@ -64,14 +64,14 @@ class Contender:
         return self.learner.task.asks(examples, self.learner.prompted.backbone.tokenizer.pad_token_id)
 
     def show_rows(self) -> None:
-        """Let the backbone know its virtual tokens, fresh from the encoder, dropout by its own random state."""
+        """Set its virtual tokens, fresh from the encoder, in the backbone; dropout draws from its own random state."""
         set_random_state(self.learner.random_state)
         self._rows = self.learner.prompted.rows()
         self.learner.prompted.use(self._rows)
         self.learner.random_state = random_state()
 
     def forget_graph(self) -> None:
-        """Leave the virtual tokens without gradient, or a pass of others would go through a graph freed by then."""
+        """Set the virtual tokens without their graph, which later passes of others would meet when it is freed."""
         if self._rows is not None:
             self.learner.prompted.use(self._rows.detach())
 

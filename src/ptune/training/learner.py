@@ -79,7 +79,7 @@ class Learner:
         """Multiply the gradients of all that is trained.
 
         A step's sum is divided by its weight here, in the encoder's float32, and not before the backward pass, where
-        a loss of many tokens would come near the least numbers that a float16 model can hold.
+        the gradients of a loss over many tokens could become too small for a float16 model.
         """
         for parameter in self.prompted.parameters():
             if parameter.grad is not None:
@@ -88,7 +88,8 @@ class Learner:
     def take_step(self) -> None:
         """Let the optimizer change what is trained, and drop its gradients.
 
-        The optimizer's one kernel leaves no trace in the parameters' version counters, by which others see a change.
+        A fused optimizer leaves the parameters' version counters as they were, by which others notice a change; so they
+        are increased here.
         """
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -128,9 +129,9 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, reporter: Reporter) -> dict[str, float]:
-        """Score dev by the very path that serves, keep the best rows, tell; return the metrics.
+        """Score dev on the very path that serves, keep the best rows, tell the reporter; return the metrics.
 
-        Of two that the task's metric finds equal, the one of less loss is better, but no gain to early stopping.
+        Where the metric is equal, the evaluation of less loss is the better one; for early stopping it is no gain.
         """
         self.prompted.eval()
         self.prompted.use()

@@ -1,4 +1,4 @@
-"""What can still fail once model and data are read is tried before a run takes its folder, where another run may stand.
+"""Tries, before a run claims its folder, what can still fail once model and data are loaded.
 
 Knows the parts of a run, and nothing of its loop.
 """

@@ -28,7 +28,7 @@ class Reporter:
         """Keys and values of ``count`` contexts are kept, ``size`` bytes in memory; ``full`` where more did not fit."""
 
     def planned(self, plan: str, why: str) -> None:
-        """The first pass went by a plan of `ptune.plans.plans`, or the latest by one that none before had gone by."""
+        """A pass was carried out by a plan of `ptune.plans.plans` that no earlier pass of the run had."""
 
     def stepped(self, step: int, loss: float, learning_rate: float) -> None:
         """An optimizer step is done; ``loss`` is its mean over what is supervised."""
@@ -54,7 +54,7 @@ class Reporter:
 
 
 class SearchReporter(Reporter):
-    """Hears besides of what a search does with its candidates; nothing of it is shown.
+    """Hears also what a search does with its candidates, and shows none of it.
 
     Of a run's events a search tells `kept_contexts`, `planned` and `warned`, and of its best candidate `assessed` and
     `finished`. `search_started`, `went_on` and `scored` stand for `started`, `stepped` and `evaluated`; no candidate is

@@ -162,7 +162,7 @@ class RunFolder:
             write_json(self.run / COMPARISON, values)
 
     def hand_over(self, config: RunConfig, log: Sequence[dict[str, Any]]) -> None:
-        """Make it the folder of another run, whose checkpoint and soft prompt come to stand here: of a search's best.
+        """Make this the folder of a search's best candidate, whose checkpoint and prompt are written here too.
 
         Args:
             config: that run's settings.

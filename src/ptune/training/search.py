@@ -310,8 +310,8 @@ class _Search:
 def rungs(total_steps: int, evaluation_steps: set[int], halvings: int) -> set[int]:
     """Return the steps after which half of the candidates are dropped.
 
-    The last rung is half way, each before it half as far; each waits for the next evaluation, and none is the last
-    step, at which everything is decided anyway.
+    The last rung is at half of the steps, the one before it at a quarter, and so on, each put off to the next
+    evaluation. The last step is never a rung, for there the search ends.
     """
     found = set()
     for number in range(1, halvings + 1):

@@ -55,7 +55,7 @@ def check_series(configs: Sequence[RunConfig], *, resume: bool = False, overwrit
 
 
 def may_resume(config: RunConfig, resume: bool) -> bool:
-    """Whether a run of a series goes on: those that had not begun when the series stopped begin."""
+    """Whether a run of a series resumes; one that had not begun when the series stopped starts from step 0."""
     return resume and (config.output / "run" / SETTINGS).is_file()
 
 

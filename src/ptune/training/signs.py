@@ -35,7 +35,7 @@ def no_gain(best_step: int, steps: int) -> str | None:
 
 
 def _rise(history: Sequence[Mapping[str, float]]) -> str | None:
-    """Return how the loss has risen, once a run; once more where it comes to be twice the untrained one."""
+    """Return what to say when the loss first rises, and again when it first is far above the untrained one's."""
     first = best = history[0]
     told, sentence = 0, None
     for entry in history[1:]:

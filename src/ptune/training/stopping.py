@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that a run answers after the step in hand. Knows no runs."""
+"""Ctrl-C and SIGTERM as an event that a run looks at after each step. Knows no runs."""
 
 from __future__ import annotations
 
