@@ -14,8 +14,9 @@ from ptune.config.run import EncoderConfig
 from ptune.models.backbone import Backbone
 from ptune.models.prompted_model import PromptedModel
 from ptune.plans.context_cache import ContextCache
+from ptune.plans.openings import length_groups
 from ptune.plans.packed_attention import PackedGroup, Packing, packed_attention
-from ptune.plans.plans import Plans, length_groups
+from ptune.plans.plans import Plans
 from ptune.prompts.encoder import PromptEncoder, build_encoder
 from ptune.rendering.batch import IGNORED
 
@@ -107,7 +108,7 @@ def test_rows_with_little_padding_share_their_prefix(family: str, name: str, dty
 def test_rows_run_in_groups_of_similar_length_give_the_same(
     family: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptune.plans.plans._COST_OF_A_PASS", 2)
+    monkeypatch.setattr("ptune.plans.choosing._COST_OF_A_PASS", 2)
     shapes = {name: shape for name, (_, shape) in SHAPES.items()}
     shapes["in the middle"] = lambda words, virtual: [*words[:9], *virtual, *words[9:]]
     with prompted_model(family) as prompted:

@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from ptune.plans.agreement import Agreement
+from ptune.plans.choosing import Chooser, long_enough
 from ptune.plans.context_cache import ContextCache
 from ptune.plans.context_reading import read_packed, read_padded
 from ptune.plans.kept_prefixes import KeptPrefixes, opening_lengths
-from ptune.plans.openings import Group, context_lengths, contexts_in, length_groups, padding_share, prefix_groups
+from ptune.plans.openings import Group, contexts_in
 from ptune.plans.packed_passes import packed_behind, packed_rows, reads_packed_rows
 from ptune.plans.passes import PlanName, PlannedPass, Run
 from ptune.plans.unread import without_unread
@@ -39,23 +41,14 @@ from ptune.pretrained.sharding import held_to
 from ptune.prompts.keys_and_values import new_cache, padded, read_cache
 from ptune.prompts.virtual_tokens import VirtualTokens
 
-_SHORTEST_CONTEXT = 8
-"""Contexts of fewer tokens, on average, are not worth a pass of their own."""
-_LEAST_PADDING = 0.05
-"""Share of padding from which on packed rows pay."""
-_LEAST_SHARED = 0.05
-"""Share of a batch's tokens, pads included, that must be saved where rows of several prompts are to share these."""
 _CONTEXT_TOKENS_AT_ONCE = 8192
 """Tokens of one pass over contexts: enough to fill a processor, few enough for its memory."""
-_COST_OF_A_PASS = 48
-"""What another pass over fewer rows costs a processor, in tokens."""
 
 
 class Plans:
     """Carries out forward passes of one backbone.
 
     Attributes:
-        contexts: keys and values of contexts that are kept; empty until `prepare`.
         prefixes: those of virtual tokens that open rows.
         last: the plan of the latest pass.
         why: what it was chosen for, in a few words.
@@ -84,9 +77,9 @@ class Plans:
         """
         self._run, self._vocabulary_size, self._device, self._dtype = run, vocabulary_size, device, dtype
         self.may_pack = may_pack
-        self.contexts = ContextCache(0)
+        self._chooser = Chooser(vocabulary_size, device, lambda: self.may_pack and self._packs)
+        self._agreement = Agreement()
         self.prefixes = KeptPrefixes(self._run_contexts, virtual_tokens)
-        self._alike: Callable[[int], bool] | None = None
         self.last: PlanName = "reference"
         self.why = "nothing has run yet"
 
@@ -110,7 +103,7 @@ class Plans:
                 opening = opening.new_tensor([past.shape[2] for past in pasts])
                 self.note("kept prefix", f"{int(opening.max())} virtual tokens at most open rows, without gradient")
                 return self._behind(run, input_ids, attention_mask, positions, opening, pasts)
-        choice = self._agreed(self.choose(input_ids, attention_mask, positions))
+        choice = self._agreement.plan(self.choose(input_ids, attention_mask, positions), may_pack=self.may_pack)
         self.note(choice.plan, choice.why)
         if choice.plan == "packed rows":
             return packed_rows(run, input_ids, attention_mask, positions, choice.groups)
@@ -121,73 +114,11 @@ class Plans:
         return self._plain(run, input_ids, attention_mask, positions)
 
     def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> PlannedPass:
-        """Return the cheapest plan for a batch.
-
-        Args:
-            input_ids: ``[B, T]`` int64.
-            attention_mask: ``[B, T]`` int64.
-            positions: ``[B, T]`` bool.
-        """
-        input_ids, attention_mask, positions = without_unread(input_ids, attention_mask, positions)
-        rows, length = input_ids.shape
-        # pads that are asked for have no numbers in some plans
-        real = not bool((positions & ~attention_mask.bool()).any())
-        groups = prefix_groups(input_ids, attention_mask, positions, self._vocabulary_size)
-        if len(groups) > 1 and real and (several := self._for_several_prompts(attention_mask, groups)) is not None:
-            return several
-        shared = groups[0].shared if len(groups) == 1 else 0
-        whole = (Group(0, rows, shared),)
-        pads = padding_share(attention_mask[:, shared:]) if real else 0.0
-        packs = pads >= _LEAST_PADDING and self.may_pack and self._packs
-        packed = shared + int(attention_mask[:, shared:].sum())
-        if shared:
-            why = f"{shared + 1} virtual tokens open every row"
-            if packs:
-                return PlannedPass("packed rows", f"{why}, and {pads:.0%} would be padding", packed, groups=whole)
-            tokens = shared + self._padded_tokens((attention_mask[:, shared:]).sum(-1).tolist())
-            return PlannedPass("shared prefix", why, tokens, groups=whole)
-        lengths = context_lengths(input_ids, attention_mask, self._vocabulary_size)
-        if lengths is not None and float(lengths.float().mean()) >= _SHORTEST_CONTEXT:
-            before = torch.arange(length, device=input_ids.device) < lengths[:, None]
-            if real and not bool((positions & before).any()):
-                why = f"{float(lengths.float().mean()):.0f} tokens stand before the prompt"
-                contexts = self._missing(contexts_in(input_ids, lengths))
-                behind = (attention_mask.sum(-1) - lengths).tolist()
-                may = self.may_pack and self._packs
-                missing = sum(map(len, contexts)) if may else len(contexts) * max(map(len, contexts), default=0)
-                tokens = missing + (sum(behind) if may else self._padded_tokens(behind))
-                return PlannedPass("frozen context", why, tokens, missing, lengths=lengths)
-        if packs:
-            return PlannedPass("packed rows", f"{pads:.0%} would be padding", packed, groups=whole)
-        why = "rows share nothing" if rows > 1 else "one row"
-        tokens = self._padded_tokens(attention_mask.sum(-1).tolist()) if real else rows * length
-        return PlannedPass("reference", why, tokens)
-
-    def _padded_tokens(self, lengths: list[int]) -> int:
-        """Return how many tokens rows of these lengths come to, run in groups of similar length."""
-        groups = [list(range(len(lengths)))]
-        if self._device().type == "cpu":
-            groups = length_groups(lengths, _COST_OF_A_PASS)
-        return sum(len(group) * max(lengths[row] for row in group) for group in groups)
-
-    def _for_several_prompts(self, attention_mask: Tensor, groups: Sequence[Group]) -> PlannedPass | None:
-        """Return the plan for groups of rows behind prompts of their own; None where sharing saves too little."""
-        lengths = attention_mask.sum(-1).tolist()
-        saved = sum(group.shared * (group.end - group.start - 1) for group in groups)
-        if not saved or min(lengths) == 0:
-            return None
-        packs = self.may_pack and self._packs
-        apart = (shared + (end - start) * (max(lengths[start:end]) - shared) for start, end, shared in groups)
-        tokens = sum(lengths) - saved if packs else sum(apart)
-        if tokens > (1 - _LEAST_SHARED) * attention_mask.numel():
-            return None
-        why = f"{len(groups)} prompts, each of which opens rows of its own"
-        return PlannedPass("packed rows" if packs else "shared prefix", why, tokens, groups=tuple(groups))
+        """Return the cheapest plan for a batch, kept prefixes aside; the shapes are those of `outputs`, ``[B, T]``."""
+        return self._chooser.choose(input_ids, attention_mask, positions)
 
     def run_together(self, alike: Callable[[int], bool], device: torch.device) -> None:
         """Run from now on as many passes as other processes do, each of which has a part of the layers.
-
-        Without gradient all of them read the same, so it is the batches of training that are agreed on.
 
         Args:
             alike: takes how many passes this process would run for a batch, and tells whether all would run as many.
@@ -195,26 +126,20 @@ class Plans:
         """
         # Tried now: later one process's batch may ask for it, and another's not.
         self.may_pack = device.type == "cpu" and self.may_pack and self._packs
-        self._alike = alike
-
-    @property
-    def _agrees(self) -> bool:
-        return self._alike is not None and torch.is_grad_enabled()
+        self._agreement.begin(alike)
 
     def agree(self, passes: int) -> bool:
         """Whether all processes would run so many passes for their batches, where they must run as many."""
-        return not self._agrees or self._alike is None or self._alike(passes)
+        return self._agreement.on(passes)
 
-    def _agreed(self, choice: PlannedPass) -> PlannedPass:
-        """Return a plan of as many passes as all processes take: of one, where these differ."""
-        if self._agrees and choice.context_tokens:
-            why = "contexts that are not kept would take passes which other processes lack"
-            choice = PlannedPass("reference", why, choice.tokens)
-        several = choice.plan == "shared prefix"
-        if self.agree(sum(1 + bool(group.shared) for group in choice.groups) if several else 1) or not several:
-            return choice
-        plan: PlanName = "packed rows" if self.may_pack else "reference"
-        return PlannedPass(plan, "another process has a batch of one pass", choice.tokens, groups=choice.groups)
+    @property
+    def contexts(self) -> ContextCache:
+        """Keys and values of contexts that are kept; empty until `prepare`."""
+        return self._chooser.contexts
+
+    @contexts.setter
+    def contexts(self, kept: ContextCache) -> None:
+        self._chooser.contexts = kept
 
     def note(self, plan: PlanName, why: str) -> None:
         """Remember by which plan the latest pass went, and why."""
@@ -232,7 +157,7 @@ class Plans:
                 time.
         """
         self.contexts = kept
-        if not self.plans_contexts(contexts):
+        if not long_enough(contexts):
             return
         distinct = sorted({tuple(ids) for ids in contexts}, key=lambda ids: (-len(ids), ids))
         kept.wanted += len(distinct)
@@ -245,11 +170,6 @@ class Plans:
             if chunk and not kept.full:
                 for ids, past in zip(chunk, self._run_contexts(chunk), strict=True):
                     kept.put(ids, past)
-
-    @staticmethod
-    def plans_contexts(contexts: Sequence[Sequence[int]]) -> bool:
-        """Whether contexts are long enough, on average, that `outputs` will ask for them."""
-        return bool(contexts) and sum(map(len, contexts)) >= _SHORTEST_CONTEXT * len(contexts)
 
     def _shared_prefixes(
         self, run: Run, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, groups: Sequence[Group]
@@ -275,7 +195,7 @@ class Plans:
         nowhere = torch.zeros_like(prefix, dtype=torch.bool)
         logits, cache = self._run(prefix, torch.ones_like(prefix), nowhere, keep=True)
         shared = read_cache(cache)
-        if self._agrees:
+        if self._agreement.needed:
             shared[-1] = held_to(logits, *shared[-1])
 
         def run_group(rows: Tensor, end: int) -> Tensor:
@@ -308,8 +228,8 @@ class Plans:
         mask = attention_mask.bool()
         ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1)  # [B]
         alone = self._device().type != "cpu" or not bool(mask.any(-1).all()) or bool((positions & ~mask).any())
-        alone = alone or self._agrees  # every group would be a pass
-        groups = [list(range(len(mask)))] if alone else length_groups((ends - kept).tolist(), _COST_OF_A_PASS)
+        alone = alone or self._agreement.needed  # every group would be a pass
+        groups = [list(range(len(mask)))] if alone else self._chooser.groups((ends - kept).tolist())
         if len(groups) == 1:
             return run_group(torch.arange(len(mask), device=mask.device), mask.shape[1])
         counts = positions.sum(-1).tolist()
@@ -364,10 +284,6 @@ class Plans:
             return run(input_ids[rows].gather(-1, places), mask, chosen, new_cache(past, len(rows)))[0]
 
         return self._in_groups(run_group, attention_mask, positions, lengths)
-
-    def _missing(self, contexts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Return the contexts that are not kept, each once, longest first."""
-        return sorted({ids for ids in contexts if ids not in self.contexts}, key=lambda ids: (-len(ids), ids))
 
     def read(
         self, contexts: Sequence[Sequence[int]], pasts: Sequence[Tensor] = (), *, predict: bool = True

@@ -14,6 +14,7 @@ import torch
 
 from ptune.config.run import TrainingConfig
 from ptune.models.backbone import Backbone
+from ptune.plans.choosing import long_enough
 from ptune.plans.openings import context_of, padding_share
 from ptune.prompts.keys_and_values import read_cache
 from ptune.tasks.side_by_side import one_forward_each, stacked_rows
@@ -120,7 +121,7 @@ def _contexts(learners: Sequence[Learner], backbone: Backbone) -> list[tuple[int
     rows = {ids for part in rows_to_keep(learners) for ids in part}
     planned = [ids for ids in rows if backbone.hindrance(len(ids)) is None]
     contexts = {context_of(ids, backbone.vocabulary_size) for ids in planned} - {()}
-    return sorted(contexts) if backbone.plans.plans_contexts(list(contexts)) else []
+    return sorted(contexts) if long_enough(list(contexts)) else []
 
 
 def _bytes_per_token(backbone: Backbone, settings: TrainingConfig) -> int:
