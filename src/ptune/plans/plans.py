@@ -49,7 +49,7 @@ class Plans:
     """Carries out forward passes of one backbone.
 
     Attributes:
-        prefixes: those of virtual tokens that open rows.
+        prefixes: keys and values of virtual tokens that open rows, kept from call to call.
         last: the plan of the latest pass.
         why: what it was chosen for, in a few words.
         may_pack: whether packed rows may be chosen, where they give the same numbers.
