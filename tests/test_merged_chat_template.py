@@ -34,6 +34,7 @@ TEMPLATES = {
     "inside": "[?{title} - ]{text}[?{extra}][P]{answer}",
     "odd names": "{a b} {task}[P*2]{messages}{answer}",
     "fieldless": "[P*5]once{answer}",
+    "bos as a word": "[P*2]<s>[[INST]] {text} [[/INST]]{answer}[next]</s><s>[[INST]] {text} [[/INST]]{answer}",
 }
 
 
