@@ -334,6 +334,31 @@ def test_a_generation_run_ends_with_a_question_off_the_task(folder: Path, tmp_pa
     assert bare != tuned
 
 
+def test_a_template_without_a_question_has_none_off_the_task(folder: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    values = settings(folder, tmp_path / "prompt", max_steps=1).model_dump(mode="json")
+    values["task"] = {"type": "generation", "max_new_tokens": 4}
+    values["prompt"]["template"] = "[P*4]{system}{answer}"
+    rows = [Record({"system": f"{number} film", "output": "good"}) for number in range(8)]
+    train(RunConfig.model_validate(values), records=(rows, rows), reporter=listener)
+    assert listener.comparison is not None
+    assert listener.comparison.total == 8
+    assert listener.comparison.off_task is None
+
+
+def test_a_bare_model_that_cannot_read_an_empty_record_is_asked_without_prior(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = Listener()
+    values = settings(folder, tmp_path / "prompt", max_steps=1).model_dump(mode="json")
+    values["task"]["calibration"] = "prior"
+    prompt = train(RunConfig.model_validate(values), reporter=listener)
+    assert "scores are taken without calibration by a prior" in caplog.text
+    assert listener.comparison is not None
+    assert listener.comparison.total == 24
+    assert prompt.task.calibration == "prior"
+
+
 def test_warnings_reach_the_log_of_who_gives_no_reporter(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
