@@ -23,6 +23,7 @@ from ptune.config.run import EncoderConfig, RunConfig
 from ptune.engine.engine import Engine
 from ptune.errors import ConfigError, DataError, MissingExtraError, OutputError, SoftPromptError, Stopped, TrainingError
 from ptune.models.backbone import Backbone
+from ptune.records.conversations import Exchange
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.training.assembly import assemble
@@ -367,6 +368,47 @@ def test_warnings_reach_the_log_of_who_gives_no_reporter(
     train(config, records=([record] * 4, [record] * 4))
     assert "1 of 2 labels have no training record (negative)" in caplog.text
     assert "1 of 2 labels have no dev record (negative)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"type": "classification", "verbalizer": {"positive": " good film", "negative": " bad"}},
+        {"type": "linear_classification"},
+        {"type": "choice", "choices": ["good", "bad"]},
+    ],
+    ids=lambda task: task["type"],
+)
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_texts_that_are_cut_are_counted(family: str, task: dict[str, Any], tmp_path: Path) -> None:
+    backbone = Backbone(tiny_model(family), tiny_tokenizer(family), "tiny")
+    values = settings(tmp_path, tmp_path / "prompt").model_dump(mode="json") | {"task": task}
+    values["prompt"]["max_length"] = 20
+    fields = {"good": "a film", "bad": "a soup"}
+    rows = [
+        Record({"text": "soup " * 9 * (number % 4 == 0) + "film", "label": label, **fields})
+        for number, label in enumerate((["good", "bad"] if task["type"] == "choice" else ["positive", "negative"]) * 6)
+    ]
+    parts = assemble(RunConfig.model_validate(values), backbone, (rows, rows))
+    with parts.prompted:
+        assert parts.cut == 3
+        whole = backbone.tokenizer.tokenize(rows[0]["text"])
+        for example, record in zip(parts.train, rows, strict=True):
+            for row in example.rows:
+                assert (row.cut > 0) == (record["text"] == rows[0]["text"])
+                assert row.cut <= len(whole)
+
+
+def test_exchanges_that_a_label_s_context_leaves_out_are_told(folder: Path, tmp_path: Path) -> None:
+    values = settings(folder, tmp_path / "prompt").model_dump(mode="json")
+    values["prompt"] |= {"template": "[P*4]{instruction} so{answer}", "max_length": 20}
+    rows = []
+    for number in range(4):
+        rows.append(Record({"instruction": f"{number} film", "label": ["positive", "negative"][number % 2]}))
+        rows[-1].history = (Exchange({"instruction": "soup " * 20}, "good"),) * (number % 2)
+    parts = assemble(RunConfig.model_validate(values), Backbone.load(str(folder / "model")), (rows, rows))
+    with parts.prompted:
+        assert any("2 exchanges of 2 conversations, the oldest of each, are too long" in note for note in parts.notes)
 
 
 def test_mistakes_in_dev_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:

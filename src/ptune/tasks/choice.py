@@ -9,6 +9,7 @@ Shapes: E examples, C choices, S tokens of all choices of all examples, V rows o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Choice(ScoringTask):
         longest = max(map(len, answers))  # every choice gets the same context, cut alike
         if self.renderer.kind is MASKED:
             return tuple(_masked(self.renderer.masked_row(record, len(ids), reserve=longest), ids) for ids in answers)
-        context = self.renderer.context(record, reserve=longest)
+        context = self.renderer.context_row(record, reserve=longest)
         return tuple(_behind(context, ids) for ids in answers)
 
     def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
@@ -109,10 +110,10 @@ class Choice(ScoringTask):
         return self.config.before + text
 
 
-def _behind(context: Sequence[int], tokens: Sequence[int]) -> Row:
+def _behind(context: Row, tokens: Sequence[int]) -> Row:
     """Return a row whose last tokens are supervised, each read at the place before it."""
-    ids = (*context, *tokens)
-    return Row(ids, (*[IGNORED] * len(context), *tokens), read_at=range(len(context) - 1, len(ids) - 1))
+    ids, before = (*context.ids, *tokens), len(context.ids)
+    return replace(context, ids=ids, labels=(*[IGNORED] * before, *tokens), read_at=range(before - 1, len(ids) - 1))
 
 
 def _masked(row: Row, tokens: Sequence[int]) -> Row:
@@ -120,4 +121,4 @@ def _masked(row: Row, tokens: Sequence[int]) -> Row:
     labels = list(row.labels)
     for place, token in zip(row.read_at, tokens, strict=True):
         labels[place] = token
-    return Row(row.ids, tuple(labels), read_at=row.read_at)
+    return replace(row, labels=tuple(labels))

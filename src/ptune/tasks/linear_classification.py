@@ -9,6 +9,7 @@ Shapes: E examples, C labels, H width of hidden states.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,8 +80,8 @@ class LinearClassification(ScoringTask):
         """Return the one row, read at the answer's place."""
         if self.renderer.kind is MASKED:
             return (self.renderer.masked_row(record, 1),)
-        ids = tuple(self.renderer.context(record))
-        return (Row(ids, (IGNORED,) * len(ids), read_at=(len(ids) - 1,)),)
+        row = self.renderer.context_row(record)
+        return (replace(row, labels=(IGNORED,) * len(row.ids), read_at=(len(row.ids) - 1,)),)
 
     def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
         """Return the labels' scores ``[E, C]`` from what is read, hidden states ``[E, H]``."""
