@@ -166,6 +166,18 @@ def test_a_choice_needs_two_fields() -> None:
         ChoiceConfig(choices=("one",))
 
 
+@pytest.mark.parametrize("overlong", ["cut", "drop"])
+@pytest.mark.parametrize(
+    "task", [SMALL["task"], {"type": "linear_classification"}, {"type": "choice", "choices": ["a", "b"]}]
+)
+def test_answers_that_are_read_whole_are_neither_cut_nor_dropped(task: dict[str, Any], overlong: str) -> None:
+    prompt = {"template": "[P]{text}{answer}", "overlong": overlong}
+    with pytest.raises(ConfigError, match=f"prompt.overlong {overlong} is for .* the task is {task['type']}, whose"):
+        parse_config(changed(task=task, prompt=prompt))
+    parse_config(changed(task={"type": "generation"}, prompt=prompt))
+    parse_config(changed(task=task, prompt=prompt | {"overlong": "error"}))
+
+
 def test_short_forms_stand_for_the_model_name_and_the_training_data() -> None:
     config = parse_config(SMALL)
     assert config.model == ModelConfig(name="mini")
@@ -279,7 +291,7 @@ def rich_config() -> RunConfig:
                 "template": "[P*2]{text}\n[?{more}]\\n“: ”[P]{answer}",
                 "encoder": {"type": "lstm", "dropout": 0.25},
                 "start": {"method": "text", "text": "on: off"},
-                "overlong": "drop",
+                "overlong": "error",
             },
             "training": {"learning_rate": 3e-05, "trackers": ["tensorboard"], "patience": 3, "context_cache": 0},
             "output": "somewhere/else",
