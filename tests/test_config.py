@@ -109,6 +109,8 @@ def test_an_unknown_kind_of_task_is_answered_with_all_kinds(task: dict[str, str]
         ("a: [1", "is no readable YAML"),
         ("training:\n  seed: 1\ntraining:\n  seed: 2\n", "training stands there twice; leave one of the two out"),
         ("a: 2020-99-01\n", "is no readable YAML"),
+        ("task:\n  verbalizer: {yes: a, 'no': b, true: c}\n", "yes and true are one value in YAML; put quotes around"),
+        ("label_weights: {1: 2, on: 3}\n", "1 and on are one value in YAML"),
         ("- a\n- b\n", "holds list"),
         ("", "holds NoneType"),
         ("word", "holds str"),
@@ -151,6 +153,7 @@ def test_a_bare_no_in_yaml_is_the_mixed_precision_of_that_name() -> None:
     ("values", "sentence"),
     [
         ({"verbalizer": {"a": " x", "b": ""}}, "label 'b' has no words"),
+        ({"verbalizer": {True: " x", "true": " y", "no": " z"}}, "the name 'true' stands there twice; list each once"),
         ({"verbalizer": {"a": " x", "b": " y"}, "label_weights": {"c": 2}}, "'c' is no label of the verbalizer"),
         ({"verbalizer": {"a": " x", "b": " y"}, "negative_label": "c"}, "'c' is no label of the verbalizer"),
         ({"verbalizer": {"a": " x", "b": " y"}, "metric": "micro_f1"}, "name the label to leave out"),
@@ -159,6 +162,11 @@ def test_a_bare_no_in_yaml_is_the_mixed_precision_of_that_name() -> None:
 def test_a_verbalizer_that_cannot_be_used_is_refused(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         ClassificationConfig.model_validate(values)
+
+
+def test_a_choice_s_fields_differ() -> None:
+    with pytest.raises(ValidationError, match="the choice 'c0' stands there twice; list each once"):
+        ChoiceConfig.model_validate({"choices": ["c0", "c1", "c0"]})
 
 
 def test_a_choice_needs_two_fields() -> None:
