@@ -133,6 +133,16 @@ def test_quotes_in_a_tab_separated_file_without_quoting_are_characters(tmp_path:
     assert load_records(path) == [{"text": '"good" he said', "label": "1"}, {"text": 'it is 5" wide', "label": "0"}]
 
 
+def test_quotes_that_pair_by_chance_swallow_no_lines(tmp_path: Path) -> None:
+    lines = ['"hello there\t1', "another one\t0", 'quote end"\t1', "last\t0"]
+    records = load_records(write(tmp_path / "a.tsv", "\n".join(["text\tlabel", *lines, ""])))
+    assert records == [dict(zip(("text", "label"), line.split("\t"), strict=True)) for line in lines]
+    assert [record.location for record in records] == [f"{tmp_path / 'a.tsv'}, line {n}" for n in range(2, 6)]
+    quoted = write(tmp_path / "b.tsv", 'text\tlabel\n"two\nlines"\t1\n"a\ttab"\t0\n')
+    assert load_records(quoted) == [{"text": "two\nlines", "label": "1"}, {"text": "a\ttab", "label": "0"}]
+    assert load_records(write(tmp_path / "c.tsv", 'text\n"two\nlines"\n')) == [{"text": "two\nlines"}]
+
+
 def test_columns_without_a_name_are_left_out(tmp_path: Path) -> None:
     assert load_records(write(tmp_path / "a.csv", ",text, label,\n0,good,1,\n")) == [{"text": "good", "label": "1"}]
 

@@ -165,6 +165,8 @@ def _table(path: Path, separator: str) -> list[Record]:
             raise
         # Many a tab-separated corpus (GLUE's) knows no quoting: a quote there is a character like any other.
         rows = list(_table_rows(text, path, separator, csv.QUOTE_NONE))
+    if separator == "\t":
+        rows = _unless_quotes_pair_by_chance(rows, text, path)
     if not rows:
         return []
     columns = [name.strip() for name in rows[0][1]]
@@ -180,6 +182,21 @@ def _table(path: Path, separator: str) -> list[Record]:
         values = {name: value for name, value in zip(columns, row, strict=True) if name}
         records.append(Record(values, f"{path}, line {line}"))
     return records
+
+
+def _unless_quotes_pair_by_chance(
+    rows: list[tuple[int, list[str]]], text: str, path: Path
+) -> list[tuple[int, list[str]]]:
+    """Return the rows of a tab-separated file, read anew without quoting where each line is a whole row that way.
+
+    Two stray quotes, each at an edge of a text, would else make one text of all that stands between them, ends of lines
+    and tabs among it.
+    """
+    several_columns = bool(rows) and len(rows[0][1]) > 1  # of one column every line is whole
+    if not several_columns or not any(re.search(r"[\t\r\n]", value) for _, row in rows for value in row):
+        return rows
+    plain = list(_table_rows(text, path, "\t", csv.QUOTE_NONE))
+    return plain if {len(row) for _, row in plain} == {len(rows[0][1])} else rows
 
 
 def _table_rows(text: str, path: Path, separator: str, quoting: Literal[0, 3]) -> Iterator[tuple[int, list[str]]]:
