@@ -8,6 +8,7 @@ Shapes: E examples, C labels, H width of hidden states.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -166,7 +167,7 @@ def labels_of(record: Mapping[str, Any], config: LinearClassificationConfig) -> 
     """Return a record's labels, one where the task is not of several.
 
     Raises:
-        DataError: the record lacks them, or holds several where one should be.
+        DataError: the record lacks them, or holds several where one should be, or something that is no label.
     """
     value = answer_value(record, config.label_field, "task.label_field", "label")
     if not config.multi_label:
@@ -180,7 +181,15 @@ def labels_of(record: Mapping[str, Any], config: LinearClassificationConfig) -> 
         return [label_text(value)]
     if value is None:
         return []
-    values = value if isinstance(value, list) else str(value).split(config.separator)
+    values = value if isinstance(value, list) else [value]
+    odd = [one for one in values if one is None or isinstance(one, list | dict)]
+    if odd:
+        raise DataError(
+            f'{location(record)}: a label in the field "{config.label_field}" is {json.dumps(odd[0], default=str)}, and '
+            "should be a text, a number or true or false; write its labels there as a list of these"
+        )
+    if not isinstance(value, list):
+        values = label_text(value).split(config.separator)
     return list(dict.fromkeys(text for one in values if (text := label_text(one).strip())))
 
 
