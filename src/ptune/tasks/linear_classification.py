@@ -185,8 +185,8 @@ def labels_of(record: Mapping[str, Any], config: LinearClassificationConfig) -> 
     odd = [one for one in values if one is None or isinstance(one, list | dict)]
     if odd:
         raise DataError(
-            f'{location(record)}: a label in the field "{config.label_field}" is {json.dumps(odd[0], default=str)}, and '
-            "should be a text, a number or true or false; write its labels there as a list of these"
+            f'{location(record)}: a label in the field "{config.label_field}" is {json.dumps(odd[0], default=str)}, '
+            "and should be a text, a number or true or false; write its labels there as a list of these"
         )
     if not isinstance(value, list):
         values = label_text(value).split(config.separator)
