@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -29,6 +30,7 @@ from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.training.assembly import assemble
 from ptune.training.checkpoint import Progress
 from ptune.training.comparison import Comparison
+from ptune.training.learner import Learner
 from ptune.training.reporting import Reporter
 from ptune.training.step_plan import StepPlan
 from ptune.training.train import train
@@ -285,6 +287,27 @@ def test_divergence_is_warned_of(folder: Path, tmp_path: Path) -> None:
     ]  # the more it learns, the worse
     train(config, records=(rows, against), reporter=listener)
     assert any("it diverges" in warning for warning in listener.warnings)
+
+
+@pytest.mark.parametrize("metric", ["loss", "exact_match"])
+def test_a_first_evaluation_that_is_no_number_does_not_stay_the_best(folder: Path, tmp_path: Path, metric: str) -> None:
+    values = settings(folder, tmp_path / "prompt").model_dump(mode="json")
+    values["task"] = {"type": "generation", "max_new_tokens": 2, "metric": metric}
+    rows = [Record({"text": f"{number} soup", "output": "good"}) for number in range(4)]
+    parts = assemble(RunConfig.model_validate(values), Backbone.load(str(folder / "model")), (rows, rows))
+    with parts.prompted:
+        learner = Learner(parts.config, parts)
+        start = {name: tensor.clone() for name, tensor in parts.prompted.encoder.state_dict().items()}
+        with torch.no_grad():
+            for parameter in parts.prompted.encoder.parameters():
+                parameter.fill_(math.nan)
+        assert math.isnan(learner.evaluate(Listener())["loss"])
+        parts.prompted.encoder.load_state_dict(start)
+        learner.progress.step = 1
+        learner.evaluate(Listener())
+    assert learner.progress.best_step == 1
+    assert learner.progress.evaluations_without_gain == (0 if metric == "loss" else 1)
+    assert torch.isfinite(learner.best["rows"]).all()
 
 
 def test_constant_predictions_are_warned_of(folder: Path, tmp_path: Path) -> None:
