@@ -175,6 +175,7 @@ def test_a_conversation_has_the_ids_of_the_rendering(tokenizer: Any, tmp_path: P
         "chat": TEMPLATES["chat"],
         "film": TEMPLATES["film"],
         "system": "[P*2]{system}\n\nQ: {text}\nA: {answer}",
+        "bos as a word": TEMPLATES["bos as a word"],
         "next": "[P*2]Q: {text}\nA: {answer}[next]<unk>\nAnd: {text}\nA: {answer}",
     }
     folder = Folder(tmp_path, tokenizer(), templates)
