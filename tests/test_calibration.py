@@ -22,8 +22,11 @@ from ptune.config.file import config_yaml
 from ptune.config.task import ClassificationConfig
 from ptune.errors import ConfigError
 from ptune.models.backbone import Backbone
+from ptune.records.record import Record
 from ptune.tasks.calibration import fit_temperature, reliability
 from ptune.tasks.task import Assessment
+from ptune.training.assembly import assemble
+from ptune.training.dev_assessment import assess_dev
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 SCRIPT = """
@@ -52,6 +55,31 @@ def test_the_temperature_is_that_of_the_least_negative_log_likelihood(scale: flo
     losses = [float(functional.cross_entropy(scores.double() / t, torch.tensor(targets))) for t in grid]
     assert fitted == pytest.approx(float(grid[losses.index(min(losses))]), rel=5e-3)
     assert 0.8 * scale < fitted < 1.25 * scale
+
+
+def test_choices_of_which_the_first_is_always_right_have_a_temperature(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    rows = [Record({"text": " ".join(chance.sample(WORDS, 3)), "one": "good", "two": "bad"}) for _ in range(60)]
+    config = RunConfig.model_validate(
+        {
+            "task": {"type": "choice", "choices": ["one", "two"], "label_by": "number"},
+            "prompt": {"template": "{text}[P*2]{answer}"},
+            "output": tmp_path / "prompt",
+        }
+    )
+    for row in rows:
+        row["label"] = 0
+    parts = assemble(config, Backbone(tiny_model("llama"), tiny_tokenizer(), "tiny"), (rows, rows))
+    with parts.prompted:
+        parts.prompted.use()
+        answers = parts.task.predict(parts.prompted.backbone, rows, batch_size=8)
+        for row, answer in zip(rows, answers, strict=True):
+            if (answer["label"] == "one") == (chance.random() < 0.25):  # so three in four are answered rightly
+                row["one"], row["two"] = row["two"], row["one"]
+        assessed = assess_dev(parts, batch_size=8)
+    assert assessed is not None
+    assert assessed[0].metrics["accuracy"] > 0.5
+    assert assessed[0].temperature is not None, assessed[1]
 
 
 @pytest.mark.parametrize(

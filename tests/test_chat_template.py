@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from tiny_models import tiny_model, tiny_tokenizer
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from ptune.config.run import RunConfig
 from ptune.engine.engine import Engine
 from ptune.errors import ConfigError
 from ptune.models.backbone import Backbone
+from ptune.records.conversations import Exchange
+from ptune.records.record import Record
 from ptune.rendering.chat_template import in_chat
 from ptune.rendering.renderer import Renderer
 from ptune.soft_prompts.soft_prompt import SoftPrompt
@@ -55,10 +58,43 @@ def test_virtual_tokens_within_the_message_stay_there() -> None:
     )
 
 
-def test_a_beginning_token_of_the_chat_template_is_not_said_twice() -> None:
-    tokenizer = chatting_tokenizer("{{ bos_token }}" + CHAT)
-    tokenizer.bos_token = "</s>"
-    assert in_chat(Template.parse("{text}{answer}"), tokenizer).source.startswith("<[[user]]>\n{text}")
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ bos_token }}[INST] {{ message.content }} [/INST]"
+    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize(
+    ("chat", "bos"),
+    [("{{ bos_token }}" + CHATML, "<s>"), (CHATML, "<|im_start|>"), (LLAMA, "<s>"), (MISTRAL, "<s>")],
+    ids=["ChatML", "ChatML that begins with bos", "Llama 2", "Mistral"],
+)
+def test_a_beginning_token_stands_there_once(chat: str, bos: str, adds_bos: bool) -> None:
+    tokenizer = chatting_tokenizer(chat)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "bos_token": bos})
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    template = in_chat(Template.parse("[P*2]{instruction}{answer}"), tokenizer)
+    renderer = Renderer(template, tokenizer, vocabulary_size=V)
+    record = Record({"instruction": "Name one."})
+    for turns in range(3):
+        record.history = (Exchange({"instruction": "Say a."}, "a"),) * turns
+        said = [{"role": "user", "content": "Say a."}, {"role": "assistant", "content": "a"}] * turns
+        messages = [*said, {"role": "user", "content": "Name one."}]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert renderer.context(record) == [V, V + 1, *expected]
+    assert expected[0] == tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from sklearn import metrics as sklearn_metrics
 from tiny_models import tiny_model, tiny_tokenizer
 
 from ptune.config.task import ChoiceConfig, ClassificationConfig
-from ptune.errors import DataError
+from ptune.errors import DataError, TemplateError
 from ptune.models.backbone import Backbone
 from ptune.records.record import Record
 from ptune.tasks.calibration import calibration_error, reliability
@@ -147,3 +148,11 @@ def test_a_list_of_words_is_read_as_a_text() -> None:
     task = task_for(backbone, ClassificationConfig(verbalizer={"a": "x", "b": "y"}), Template.parse("{tokens}{answer}"))
     for words, text in ((["A", "quiet", "film", "."], "A quiet film ."), (list("高勇：男 x"), "高勇：男   x")):
         assert backbone.tokenizer.decode(task.renderer.context({"tokens": words})) == text
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_choice_that_has_no_room_is_named(family: str) -> None:
+    _, task = choice(family)
+    task = task.with_renderer(dataclasses.replace(task.renderer, max_length=16))
+    with pytest.raises(TemplateError, match='a record: .*or shorten the choice "two", which is the longest$'):
+        task.example(Record({"premise": "cold", "one": "a door", "two": "soup " * 20, "label": 0}))

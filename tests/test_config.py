@@ -109,6 +109,8 @@ def test_an_unknown_kind_of_task_is_answered_with_all_kinds(task: dict[str, str]
         ("a: [1", "is no readable YAML"),
         ("training:\n  seed: 1\ntraining:\n  seed: 2\n", "training stands there twice; leave one of the two out"),
         ("a: 2020-99-01\n", "is no readable YAML"),
+        ("task:\n  verbalizer: {yes: a, 'no': b, true: c}\n", "yes and true are one value in YAML; put quotes around"),
+        ("label_weights: {1: 2, on: 3}\n", "1 and on are one value in YAML"),
         ("- a\n- b\n", "holds list"),
         ("", "holds NoneType"),
         ("word", "holds str"),
@@ -151,6 +153,7 @@ def test_a_bare_no_in_yaml_is_the_mixed_precision_of_that_name() -> None:
     ("values", "sentence"),
     [
         ({"verbalizer": {"a": " x", "b": ""}}, "label 'b' has no words"),
+        ({"verbalizer": {True: " x", "true": " y", "no": " z"}}, "the name 'true' stands there twice; list each once"),
         ({"verbalizer": {"a": " x", "b": " y"}, "label_weights": {"c": 2}}, "'c' is no label of the verbalizer"),
         ({"verbalizer": {"a": " x", "b": " y"}, "negative_label": "c"}, "'c' is no label of the verbalizer"),
         ({"verbalizer": {"a": " x", "b": " y"}, "metric": "micro_f1"}, "name the label to leave out"),
@@ -161,9 +164,26 @@ def test_a_verbalizer_that_cannot_be_used_is_refused(values: dict[str, Any], sen
         ClassificationConfig.model_validate(values)
 
 
+def test_a_choice_s_fields_differ() -> None:
+    with pytest.raises(ValidationError, match="the choice 'c0' stands there twice; list each once"):
+        ChoiceConfig.model_validate({"choices": ["c0", "c1", "c0"]})
+
+
 def test_a_choice_needs_two_fields() -> None:
     with pytest.raises(ValidationError, match="at least 2 items"):
         ChoiceConfig(choices=("one",))
+
+
+@pytest.mark.parametrize("overlong", ["cut", "drop"])
+@pytest.mark.parametrize(
+    "task", [SMALL["task"], {"type": "linear_classification"}, {"type": "choice", "choices": ["a", "b"]}]
+)
+def test_answers_that_are_read_whole_are_neither_cut_nor_dropped(task: dict[str, Any], overlong: str) -> None:
+    prompt = {"template": "[P]{text}{answer}", "overlong": overlong}
+    with pytest.raises(ConfigError, match=f"prompt.overlong {overlong} is for .* the task is {task['type']}, whose"):
+        parse_config(changed(task=task, prompt=prompt))
+    parse_config(changed(task={"type": "generation"}, prompt=prompt))
+    parse_config(changed(task=task, prompt=prompt | {"overlong": "error"}))
 
 
 def test_short_forms_stand_for_the_model_name_and_the_training_data() -> None:
@@ -279,7 +299,7 @@ def rich_config() -> RunConfig:
                 "template": "[P*2]{text}\n[?{more}]\\n“: ”[P]{answer}",
                 "encoder": {"type": "lstm", "dropout": 0.25},
                 "start": {"method": "text", "text": "on: off"},
-                "overlong": "drop",
+                "overlong": "error",
             },
             "training": {"learning_rate": 3e-05, "trackers": ["tensorboard"], "patience": 3, "context_cache": 0},
             "output": "somewhere/else",

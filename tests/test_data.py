@@ -133,6 +133,30 @@ def test_quotes_in_a_tab_separated_file_without_quoting_are_characters(tmp_path:
     assert load_records(path) == [{"text": '"good" he said', "label": "1"}, {"text": 'it is 5" wide', "label": "0"}]
 
 
+def test_quotes_that_pair_by_chance_swallow_no_lines(tmp_path: Path) -> None:
+    lines = ['"hello there\t1', "another one\t0", 'quote end"\t1', "last\t0"]
+    records = load_records(write(tmp_path / "a.tsv", "\n".join(["text\tlabel", *lines, ""])))
+    assert records == [dict(zip(("text", "label"), line.split("\t"), strict=True)) for line in lines]
+    assert [record.location for record in records] == [f"{tmp_path / 'a.tsv'}, line {n}" for n in range(2, 6)]
+    quoted = write(tmp_path / "b.tsv", 'text\tlabel\n"two\nlines"\t1\n"a\ttab"\t0\n')
+    assert load_records(quoted) == [{"text": "two\nlines", "label": "1"}, {"text": "a\ttab", "label": "0"}]
+    assert load_records(write(tmp_path / "c.tsv", 'text\n"two\nlines"\n')) == [{"text": "two\nlines"}]
+
+
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_an_object_that_is_a_record_is_one(tmp_path: Path, column: str) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (record,) = load_records(write(tmp_path / "a.json", json.dumps({column: turns, "id": 7}, indent=2)))
+    assert (record["instruction"], record["output"], record["id"]) == ("q", "a", 7)
+    assert record.location == f"{tmp_path / 'a.json'}, record 1"
+    assert (
+        load_records(write(tmp_path / "b.json", json.dumps({column: [{column: turns}] * 2})))
+        == [{column: turns, "system": "", "instruction": "q", "input": "", "output": "a"}] * 2
+    )
+    assert load_records(write(tmp_path / "c.json", json.dumps({column: ROWS}))) == ROWS
+    assert load_records(write(tmp_path / "d.json", json.dumps(ROWS[0]) + "\n")) == ROWS[:1]
+
+
 def test_columns_without_a_name_are_left_out(tmp_path: Path) -> None:
     assert load_records(write(tmp_path / "a.csv", ",text, label,\n0,good,1,\n")) == [{"text": "good", "label": "1"}]
 
@@ -319,12 +343,8 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_is_one_sentence(tmp_path: Pa
         (
             "a.json",
             '{"a": [], "b": []}',
-            ": expected a list of objects, or an object with one, and found the lists a, b; keep one list.",
-        ),
-        (
-            "a.json",
-            '{"a": 1}',
-            ": expected a list of objects, or an object with one, and found no list; keep one list.",
+            ": expected a list of objects, or an object with one, and found the lists a, b; keep one list, or "
+            "put the object in a list if it is a record.",
         ),
         (
             "a.jsonl",
@@ -471,6 +491,14 @@ def test_a_question_under_another_name_is_so_in_the_whole_conversation(tmp_path:
     path = write(tmp_path / "a.jsonl", json_lines([{"messages": turns}]))
     (record,) = load_records(path, fields={"text": "instruction"})
     assert (record["text"], record.history) == ("c", (Exchange({"instruction": "a", "text": "a"}, "b"),))
+
+
+def test_two_fields_that_are_swapped_are_so_in_what_was_said_before(tmp_path: Path) -> None:
+    rows = [{"instruction": "I", "input": "X", "output": "o", "history": [["q", "a"]]}]
+    path = write(tmp_path / "a.jsonl", json_lines(rows))
+    (record,) = load_records(path, fields={"instruction": "input", "input": "instruction"})
+    assert (record["instruction"], record["input"]) == ("X", "I")
+    assert record.history == (Exchange({"instruction": "", "input": "q"}, "a"),)
 
 
 def test_columns_beside_a_conversation_are_kept(tmp_path: Path) -> None:

@@ -105,6 +105,22 @@ def test_the_bare_model_is_scored_and_answers_by_the_same_words(folder: Path, tm
     assert json.loads(text)["probabilities"] == pytest.approx(json.loads(lines[0])["probabilities"], abs=1e-5)
 
 
+def test_the_bare_model_is_asked_without_a_prior_that_it_cannot_read(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone = Backbone.load(str(folder / "model"))
+    task = soft_prompts.TASK.model_copy(update={"calibration": "prior"})
+    soft_prompts.make(backbone, task=task, template="{text}[P*4]{answer}").save(tmp_path / "prompt")
+    expected = task_for(backbone, soft_prompts.TASK, Template.parse("{text}{answer}"))
+    run("eval", tmp_path / "prompt", "--data", folder / "test.jsonl", "--no-prompt", "--json", tmp_path / "scores.json")
+    result = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert result["metrics"] == pytest.approx(expected.assess(backbone, RECORDS, batch_size=4).metrics, rel=1e-5)
+    (line,) = run("predict", tmp_path / "prompt", "great soup", "--no-prompt").splitlines()
+    (answer,) = expected.predict(backbone, [{"text": "great soup"}], batch_size=1)
+    assert json.loads(line)["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-5)
+    assert caplog.text.count("scores are taken without calibration by a prior") == 2
+
+
 def test_the_bare_model_answers_each_record_by_the_words_of_its_own_task(folder: Path, tmp_path: Path) -> None:
     data, prompts = folder / "test.jsonl", folder / "prompts"
     lines = [json.loads(line) for line in run("predict", prompts, data, "--by", "task", "--no-prompt").splitlines()]

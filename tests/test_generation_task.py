@@ -101,6 +101,13 @@ def test_what_is_too_long_for_anything_to_be_learnt_is_left_out_and_all_of_it_ca
             task.evaluate(backbone, [long, long], batch_size=2)
 
 
+@pytest.mark.parametrize(("value", "found"), [(5, "a number"), (0.5, "a number"), (True, "bool"), (["y"], "list")])
+def test_an_answer_that_is_no_text_is_named_as_that(backbone: Backbone, value: object, found: str) -> None:
+    said = f'^a.jsonl, line 2: its answer in the field "output" is {found}, not a text; put quotes around it'
+    with pytest.raises(DataError, match=said):
+        build(backbone).example(Record({"instruction": "x", "output": value}, "a.jsonl, line 2"))
+
+
 def test_a_record_without_its_answer_names_the_field_and_the_near_one(backbone: Backbone) -> None:
     with pytest.raises(
         DataError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,9 +31,11 @@ from ptune.models.prompted_model import PromptedModel
 from ptune.prompts.encoder import build_encoder
 from ptune.prompts.linear_head import LinearHead, head_from, head_tensors
 from ptune.prompts.virtual_tokens import input_embedding
+from ptune.records.record import Record
 from ptune.rendering.batch import Row
 from ptune.soft_prompts.files import read_description
 from ptune.soft_prompts.soft_prompt import SoftPrompt
+from ptune.tasks.linear_classification import learnt_labels
 from ptune.tasks.metrics import average_f1s
 from ptune.tasks.registry import task_for
 from ptune.tasks.task import Task
@@ -303,11 +306,21 @@ def test_several_labels_are_a_list_or_a_text_with_separators() -> None:
     config = LinearClassificationConfig(labels=("a", "b", "true"), multi_label=True, separator=";")
     task = task_for(backbone, config, Template.parse("{text}[P]{answer}"))
     targets = {}
-    for value in (["a", "b"], "a; b;", [True], "", None, []):
+    for value in (["a", "b"], "a; b;", [True], True, "", None, []):
         example = task.example({"text": "soup", "label": value})
         assert example is not None
         targets[str(value)] = example.target
-    assert list(targets.values()) == [(0, 1), (0, 1), (2,), (), (), ()]
+    assert list(targets.values()) == [(0, 1), (0, 1), (2,), (2,), (), (), ()]
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [({"a": 1}, '{"a": 1}'), (["a", ["b"]], '["b"]'), ([{"a": 1}], '{"a": 1}'), ([None], "null")]
+)
+def test_something_else_among_several_labels_is_refused_with_its_place(value: Any, found: str) -> None:
+    config = LinearClassificationConfig(multi_label=True, label_field="topics")
+    said = f'a.jsonl, line 3: a label in the field "topics" is {found}, and should be a text'
+    with pytest.raises(DataError, match=f"^{re.escape(said)}"):
+        learnt_labels(config, [Record({"text": "x", "topics": value}, "a.jsonl, line 3")])
 
 
 def test_micro_and_macro_f1_of_several_labels_are_scikit_learns() -> None:

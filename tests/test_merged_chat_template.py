@@ -34,6 +34,7 @@ TEMPLATES = {
     "inside": "[?{title} - ]{text}[?{extra}][P]{answer}",
     "odd names": "{a b} {task}[P*2]{messages}{answer}",
     "fieldless": "[P*5]once{answer}",
+    "bos as a word": "[P*2]<s>[[INST]] {text} [[/INST]]{answer}[next]</s><s>[[INST]] {text} [[/INST]]{answer}",
 }
 
 
@@ -174,6 +175,7 @@ def test_a_conversation_has_the_ids_of_the_rendering(tokenizer: Any, tmp_path: P
         "chat": TEMPLATES["chat"],
         "film": TEMPLATES["film"],
         "system": "[P*2]{system}\n\nQ: {text}\nA: {answer}",
+        "bos as a word": TEMPLATES["bos as a word"],
         "next": "[P*2]Q: {text}\nA: {answer}[next]<unk>\nAnd: {text}\nA: {answer}",
     }
     folder = Folder(tmp_path, tokenizer(), templates)

@@ -8,19 +8,24 @@ import re
 import statistics
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
 
+from ptune.cli import app
+from ptune.config.file import config_yaml
 from ptune.config.run import RunConfig
 from ptune.errors import ConfigError, DataError, OutputError
+from ptune.models.backbone import Backbone
 from ptune.records.data import draw_shots
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
-from ptune.training.series import check_series, spread, under_seeds, with_backbones
+from ptune.training.series import check_series, in_turn, spread, under_seeds
 from ptune.training.train import train
 
 WORDS = ("soup", "film", "room", "waiter", "apple", "hotel", "door", "song")
@@ -54,7 +59,7 @@ def config_of(settings: dict[str, Any], output: Path, **training: Any) -> RunCon
 def test_each_run_of_a_series_is_the_run_alone(settings: dict[str, Any], tmp_path: Path) -> None:
     configs = under_seeds(config_of(settings, tmp_path / "series", seed=4), 2)
     assert [config.output.name for config in configs] == ["seed-4", "seed-5"]
-    pairs = [(train(config, backbone=backbone), backbone) for config, backbone in with_backbones(configs)]
+    pairs = in_turn(configs, lambda config, backbone: (train(config, backbone=backbone), backbone))
     assert pairs[0][1] is pairs[1][1]
     alone = train(config_of(settings, tmp_path / "alone", seed=5))
     assert torch.equal(pairs[1][0].rows, alone.rows)
@@ -68,10 +73,32 @@ def test_a_backbone_is_loaded_once_though_its_runs_stand_apart(settings: dict[st
     first, second, third = (
         config_of(one, tmp_path / name) for one, name in ((settings, "a"), (other, "b"), (settings, "c"))
     )
-    given = list(with_backbones([first, second, third]))
+    given = in_turn([first, second, third], lambda config, backbone: (config, backbone))
     assert [config.output.name for config, _ in given] == ["a", "c", "b"]
     assert given[0][1] is given[1][1]
     assert given[2][1].dtype is torch.bfloat16
+
+
+def test_a_backbone_is_let_go_before_the_next_is_loaded(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, models, alive = Backbone.load, [], []
+
+    def loaded(*arguments: Any, **options: Any) -> Backbone:
+        alive.append(sum(model() is not None for model in models))
+        backbone = load(*arguments, **options)
+        models.append(weakref.ref(backbone.model))
+        return backbone
+
+    monkeypatch.setattr(Backbone, "load", loaded)
+    other = settings | {"model": {"name": settings["model"], "dtype": "bfloat16"}}
+    files = []
+    for name, one in (("a", settings), ("b", other)):
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(config_yaml(config_of(one, tmp_path / name)), encoding="utf-8")
+    done = CliRunner().invoke(app, ["train", *map(str, files)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert alive == [0, 0]
 
 
 def test_runs_that_collide_are_refused_before_the_first(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -23,11 +24,13 @@ from ptune.config.run import EncoderConfig, RunConfig
 from ptune.engine.engine import Engine
 from ptune.errors import ConfigError, DataError, MissingExtraError, OutputError, SoftPromptError, Stopped, TrainingError
 from ptune.models.backbone import Backbone
+from ptune.records.conversations import Exchange
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.training.assembly import assemble
 from ptune.training.checkpoint import Progress
 from ptune.training.comparison import Comparison
+from ptune.training.learner import Learner
 from ptune.training.reporting import Reporter
 from ptune.training.step_plan import StepPlan
 from ptune.training.train import train
@@ -286,6 +289,27 @@ def test_divergence_is_warned_of(folder: Path, tmp_path: Path) -> None:
     assert any("it diverges" in warning for warning in listener.warnings)
 
 
+@pytest.mark.parametrize("metric", ["loss", "exact_match"])
+def test_a_first_evaluation_that_is_no_number_does_not_stay_the_best(folder: Path, tmp_path: Path, metric: str) -> None:
+    values = settings(folder, tmp_path / "prompt").model_dump(mode="json")
+    values["task"] = {"type": "generation", "max_new_tokens": 2, "metric": metric}
+    rows = [Record({"text": f"{number} soup", "output": "good"}) for number in range(4)]
+    parts = assemble(RunConfig.model_validate(values), Backbone.load(str(folder / "model")), (rows, rows))
+    with parts.prompted:
+        learner = Learner(parts.config, parts)
+        start = {name: tensor.clone() for name, tensor in parts.prompted.encoder.state_dict().items()}
+        with torch.no_grad():
+            for parameter in parts.prompted.encoder.parameters():
+                parameter.fill_(math.nan)
+        assert math.isnan(learner.evaluate(Listener())["loss"])
+        parts.prompted.encoder.load_state_dict(start)
+        learner.progress.step = 1
+        learner.evaluate(Listener())
+    assert learner.progress.best_step == 1
+    assert learner.progress.evaluations_without_gain == (0 if metric == "loss" else 1)
+    assert torch.isfinite(learner.best["rows"]).all()
+
+
 def test_constant_predictions_are_warned_of(folder: Path, tmp_path: Path) -> None:
     listener = Listener()
     config = settings(folder, tmp_path / "prompt", learning_rate=1e-9, max_steps=2)
@@ -334,6 +358,31 @@ def test_a_generation_run_ends_with_a_question_off_the_task(folder: Path, tmp_pa
     assert bare != tuned
 
 
+def test_a_template_without_a_question_has_none_off_the_task(folder: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    values = settings(folder, tmp_path / "prompt", max_steps=1).model_dump(mode="json")
+    values["task"] = {"type": "generation", "max_new_tokens": 4}
+    values["prompt"]["template"] = "[P*4]{system}{answer}"
+    rows = [Record({"system": f"{number} film", "output": "good"}) for number in range(8)]
+    train(RunConfig.model_validate(values), records=(rows, rows), reporter=listener)
+    assert listener.comparison is not None
+    assert listener.comparison.total == 8
+    assert listener.comparison.off_task is None
+
+
+def test_a_bare_model_that_cannot_read_an_empty_record_is_asked_without_prior(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = Listener()
+    values = settings(folder, tmp_path / "prompt", max_steps=1).model_dump(mode="json")
+    values["task"]["calibration"] = "prior"
+    prompt = train(RunConfig.model_validate(values), reporter=listener)
+    assert "scores are taken without calibration by a prior" in caplog.text
+    assert listener.comparison is not None
+    assert listener.comparison.total == 24
+    assert prompt.task.calibration == "prior"
+
+
 def test_warnings_reach_the_log_of_who_gives_no_reporter(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -342,6 +391,47 @@ def test_warnings_reach_the_log_of_who_gives_no_reporter(
     train(config, records=([record] * 4, [record] * 4))
     assert "1 of 2 labels have no training record (negative)" in caplog.text
     assert "1 of 2 labels have no dev record (negative)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"type": "classification", "verbalizer": {"positive": " good film", "negative": " bad"}},
+        {"type": "linear_classification"},
+        {"type": "choice", "choices": ["good", "bad"]},
+    ],
+    ids=lambda task: task["type"],
+)
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_texts_that_are_cut_are_counted(family: str, task: dict[str, Any], tmp_path: Path) -> None:
+    backbone = Backbone(tiny_model(family), tiny_tokenizer(family), "tiny")
+    values = settings(tmp_path, tmp_path / "prompt").model_dump(mode="json") | {"task": task}
+    values["prompt"]["max_length"] = 20
+    fields = {"good": "a film", "bad": "a soup"}
+    rows = [
+        Record({"text": "soup " * 9 * (number % 4 == 0) + "film", "label": label, **fields})
+        for number, label in enumerate((["good", "bad"] if task["type"] == "choice" else ["positive", "negative"]) * 6)
+    ]
+    parts = assemble(RunConfig.model_validate(values), backbone, (rows, rows))
+    with parts.prompted:
+        assert parts.cut == 3
+        whole = backbone.tokenizer.tokenize(rows[0]["text"])
+        for example, record in zip(parts.train, rows, strict=True):
+            for row in example.rows:
+                assert (row.cut > 0) == (record["text"] == rows[0]["text"])
+                assert row.cut <= len(whole)
+
+
+def test_exchanges_that_a_label_s_context_leaves_out_are_told(folder: Path, tmp_path: Path) -> None:
+    values = settings(folder, tmp_path / "prompt").model_dump(mode="json")
+    values["prompt"] |= {"template": "[P*4]{instruction} so{answer}", "max_length": 20}
+    rows = []
+    for number in range(4):
+        rows.append(Record({"instruction": f"{number} film", "label": ["positive", "negative"][number % 2]}))
+        rows[-1].history = (Exchange({"instruction": "soup " * 20}, "good"),) * (number % 2)
+    parts = assemble(RunConfig.model_validate(values), Backbone.load(str(folder / "model")), (rows, rows))
+    with parts.prompted:
+        assert any("2 exchanges of 2 conversations, the oldest of each, are too long" in note for note in parts.notes)
 
 
 def test_mistakes_in_dev_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:

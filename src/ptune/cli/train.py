@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from ptune.errors import ConfigError
 
 if TYPE_CHECKING:
     from ptune.config.run import RunConfig
+    from ptune.models.backbone import Backbone
     from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 
@@ -98,15 +100,17 @@ def _train_in_turn(configs: list[RunConfig], *, resume: bool, overwrite: bool) -
     from rich.console import Console
     from rich.markup import escape
 
-    from ptune.training.series import check_series, may_resume, with_backbones
+    from ptune.training.series import check_series, in_turn, may_resume
 
     check_series(configs, resume=resume, overwrite=overwrite)
-    prompts = []
-    for number, (config, backbone) in enumerate(with_backbones(configs), 1):
-        Console().rule(escape(f"{number} of {len(configs)}: {config.output}"), align="left")
+    numbers = count(1)
+
+    def run(config: RunConfig, backbone: Backbone) -> SoftPrompt:
+        Console().rule(escape(f"{next(numbers)} of {len(configs)}: {config.output}"), align="left")
         going_on = may_resume(config, resume)
-        prompts.append(_train(config, backbone=backbone, resume=going_on, overwrite=overwrite))
-    return prompts
+        return _train(config, backbone=backbone, resume=going_on, overwrite=overwrite)
+
+    return in_turn(configs, run)
 
 
 def _train_seeds(config: RunConfig, count: int, *, resume: bool, overwrite: bool) -> None:

@@ -41,7 +41,7 @@ class _EachKeyOnce(yaml.SafeLoader):
         """Return a mapping.
 
         Raises:
-            yaml.constructor.ConstructorError: a name stands there twice.
+            yaml.constructor.ConstructorError: a name stands there twice, or two are one value, as ``yes`` and ``true``.
         """
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         for key, _ in node.value:
@@ -49,6 +49,13 @@ class _EachKeyOnce(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value} stands there twice; leave one of the two out", node.start_mark
                 )
+        found: dict[Any, str] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                other = found.setdefault(self.construct_object(key), key.value)
+                if other != key.value:
+                    said = f"{other} and {key.value} are one value in YAML; put quotes around both"
+                    raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
         return super().construct_mapping(node, deep)
 
 

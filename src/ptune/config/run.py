@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ptune.config.settings import Settings, bytes_of
 from ptune.config.task import (
+    ChoiceConfig,
     ClassificationConfig,
     LinearClassificationConfig,
     TaggingConfig,
@@ -134,7 +135,7 @@ class PromptConfig(Settings):
     overlong: Overlong | None = Field(
         None,
         description="For an answer that is itself too long, or words to tag. Default: cut for generation, extraction "
-        "and tagging, else error.",
+        "and tagging; others know error alone.",
     )
 
     @field_validator("template")
@@ -298,6 +299,17 @@ class RunConfig(Settings):
         if self.data.shots is not None and not one_label:
             raise ValueError(
                 f"data.shots draws records of each label, and the task is {self.task.type}; use data.limit instead"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_that_can_be_cut(self) -> RunConfig:
+        whole = isinstance(self.task, ClassificationConfig | LinearClassificationConfig | ChoiceConfig)
+        if whole and self.prompt.overlong not in (None, "error"):
+            raise ValueError(
+                f"prompt.overlong {self.prompt.overlong} is for answers that are written, or words to tag, and the "
+                f"task is {self.task.type}, whose records are cut to max_length and whose answers are read whole; "
+                "leave it out"
             )
         return self
 

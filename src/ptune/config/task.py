@@ -23,7 +23,10 @@ _Value = TypeVar("_Value")
 
 def _names_as_text(value: Any) -> Any:
     # YAML reads `yes`, `true` and `1` as booleans and numbers; data files write them as text or as such.
-    return {label_text(k): v for k, v in value.items()} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    _distinct(tuple(map(label_text, value)), "name")
+    return {label_text(k): v for k, v in value.items()}
 
 
 _Named = Annotated[dict[str, _Value], BeforeValidator(_names_as_text)]
@@ -95,6 +98,11 @@ class ChoiceConfig(Settings):
     before: str = Field(" ", description="What stands between the template's end and a choice.")
     normalise: bool = Field(False, description="Score by the mean over a choice's tokens instead of their sum.")
     fit_temperature: bool = Field(True, description=_FIT_TEMPERATURE)
+
+    @field_validator("choices")
+    @classmethod
+    def _different_choices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct(value, "choice")
 
 
 class GenerationConfig(Settings):

@@ -1,8 +1,9 @@
 """What the virtual tokens are before the first step: rows of the vocabulary, of a text, of label words, or noise.
 
-It matters more than the encoder: rows off the vocabulary's manifold learn late or never. Methods are those of Lester et
-al. 2021, "The Power of Scale", section 3.2 (sampled vocabulary, class labels, random uniform), a written text, and the
-rows of an earlier soft prompt (Vu et al. 2022, "SPoT").
+A text that says the task was ahead on two sets of three in docs/recipes.md; between the others, noise of the
+vocabulary's scale among them, no difference lasted. Methods are those of Lester et al. 2021, "The Power of Scale",
+section 3.2 (sampled vocabulary, class labels, random uniform), a written text, and the rows of an earlier soft prompt
+(Vu et al. 2022, "SPoT").
 
 Knows nothing of encoders, templates or how backbones and files are read: it is given functions for both.
 Shapes: P virtual tokens, H width, n ids, V rows of the backbone's input matrix, p rows of an
@@ -109,8 +110,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _label_ids(tokenizer: PreTrainedTokenizerBase, label_words: Sequence[str]) -> list[int]:
     """Return the tokens of all label words, each once: every label's first, then every label's second, and so on.
 
-    Lester et al. 2021 average the tokens of a label. Taken in turn they stay on the vocabulary's manifold, and where
-    there are fewer virtual tokens than tokens, no label is left out for the sake of another's ending.
+    Lester et al. 2021 average the tokens of a label. Taken in turn they stay rows of the vocabulary, and where there
+    are fewer virtual tokens than tokens, no label is left out for the sake of another's ending.
     """
     of_each_label = [_tokens(tokenizer, words) for words in label_words]
     in_turn = chain.from_iterable(zip_longest(*of_each_label))

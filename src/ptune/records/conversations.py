@@ -22,6 +22,8 @@ from ptune.errors import DataError, did_you_mean
 USERS = ("human", "user")
 ASSISTANTS = ("gpt", "assistant")
 SYSTEMS = ("system", "developer")
+TURNS = ("conversations", "messages")
+"""Columns that hold a conversation."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,10 @@ def read_conversation(turns: Any, column: str, location: str) -> Conversation | 
         DataError: a turn is of an unknown role or weight, without text or out of turn, or nobody asks or answers, or
             no answer is learnt.
     """
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    if not is_said(turns):
         return None
     said = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
     weights = [turn.get("weight") for turn in turns]
-    if said and all(role is None for role, _ in said):
-        return None  # objects, but no turns of a conversation
     greeting = next((number for number, (role, _) in enumerate(said) if role not in SYSTEMS), 0)
     if said and said[greeting][0] in ASSISTANTS:
         del said[greeting], weights[greeting]
@@ -98,6 +98,13 @@ def read_conversation(turns: Any, column: str, location: str) -> Conversation | 
         while not learnt[-1]:
             del learnt[-1], spoken[-2:]
     return Conversation(system or "", tuple(spoken[::2]), tuple(spoken[1::2]), tuple(learnt))
+
+
+def is_said(turns: Any) -> bool:
+    """Whether a value is a list of turns, an empty one among them, and not of other objects."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return False
+    return not turns or any(turn.get("from", turn.get("role")) is not None for turn in turns)
 
 
 def read_history(pairs: Any, column: str, location: str) -> tuple[Exchange, ...]:

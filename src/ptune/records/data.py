@@ -15,7 +15,7 @@ from typing import Any
 
 from ptune.config.settings import label_text
 from ptune.errors import DataError, did_you_mean
-from ptune.records.conversations import Exchange, read_conversation, read_history
+from ptune.records.conversations import TURNS, Exchange, read_conversation, read_history
 from ptune.records.readers import has_split, looks_like_a_source, read_records
 from ptune.records.record import Record
 
@@ -30,9 +30,9 @@ def load_records(
 ) -> list[Record]:
     """Return the records of a file, a folder or a data set on the Hub, the first ``limit`` of them.
 
-    A file is read by its suffix: .jsonl, .ndjson, .json (a list, an object with one list, or JSON lines), .csv, .tsv,
-    .parquet. A folder holds files named by split (``dev.jsonl``, ``train-00000-of-00002.parquet``, in it or in its
-    ``data``), or is one of ``datasets.save_to_disk``. Anything else is a Hub name, as in ``owner/name`` or
+    A file is read by its suffix: .jsonl, .ndjson, .json (a list, an object with one list, one record, or JSON lines),
+    .csv, .tsv, .parquet. A folder holds files named by split (``dev.jsonl``, ``train-00000-of-00002.parquet``, in it or
+    in its ``data``), or is one of ``datasets.save_to_disk``. Anything else is a Hub name, as in ``owner/name`` or
     ``owner/name:config``. ``split`` chooses within folders and Hub data sets; dev is also found as validation or valid.
 
     ``fields`` adds, under each field's name, the column that it names; ``a.b`` is the member b of an object in the
@@ -177,7 +177,7 @@ def _text_of(record: Record, fields: Sequence[str] | None) -> str:
 def _fill_from_conversation(record: Record) -> None:
     if "instruction" in record and "output" in record:
         return
-    column = "conversations" if "conversations" in record else "messages"
+    column = next((name for name in TURNS if name in record), TURNS[-1])
     said = read_conversation(record.get(column), column, record.location)
     if said is None:
         return
@@ -199,7 +199,7 @@ def _fill_from_history(record: Record) -> None:
 
 
 def _map_fields(record: Record, fields: Mapping[str, str]) -> None:
-    columns = dict(record)
+    columns, history = dict(record), record.history
     for field, column in fields.items():
         value = _column(columns, column)
         if value is _ABSENT:
@@ -208,10 +208,10 @@ def _map_fields(record: Record, fields: Mapping[str, str]) -> None:
                 f"{', '.join(columns)}; correct data.fields.{did_you_mean(column, sorted(columns))}"
             )
         record[field] = value
-        record.history = tuple(  # a question under another name is so in the whole conversation
-            replace(said, fields={**said.fields, field: said.fields[column]}) if column in said.fields else said
-            for said in record.history
-        )
+    record.history = tuple(  # a question under another name is so in the whole conversation
+        replace(said, fields={**said.fields, **{f: said.fields[c] for f, c in fields.items() if c in said.fields}})
+        for said in history
+    )
 
 
 def _column(columns: Mapping[str, Any], name: str) -> Any:

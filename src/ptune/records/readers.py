@@ -1,6 +1,7 @@
 """Where records come from: one file, folder or Hub name -> records as they stand there.
 
-Knows nothing of what fields mean, nor of templates, tokenizers or models; data.py knows the fields' names.
+Knows nothing of what fields mean but that turns of a conversation are no records, nor of templates, tokenizers or
+models; data.py knows the fields' names.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from ptune.errors import DataError, did_you_mean
 from ptune.files import decode, missing_file, one_line, parse_json, read_bytes
+from ptune.records.conversations import TURNS, is_said
 from ptune.records.record import Record
 
 _SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid"), "test": ("test",)}
@@ -106,12 +108,13 @@ def _read_json(path: Path) -> Iterator[Record]:
     value = parse_json(text, path, DataError)
     if isinstance(value, dict):
         lists = [name for name, member in value.items() if isinstance(member, list)]
-        if len(lists) != 1:
-            found = f"the lists {', '.join(lists)}" if lists else "no list"
+        if len(lists) > 1:
             raise DataError(
-                f"{path}: expected a list of objects, or an object with one, and found {found}; keep one list."
+                f"{path}: expected a list of objects, or an object with one, and found the lists {', '.join(lists)}; "
+                "keep one list, or put the object in a list if it is a record."
             )
-        value = value[lists[0]]
+        is_record = not lists or (lists[0] in TURNS and is_said(value[lists[0]]))
+        value = [value] if is_record else value[lists[0]]
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects and found {_kind(value)}; put the records in a list.")
     for number, member in enumerate(value, 1):
@@ -165,6 +168,8 @@ def _table(path: Path, separator: str) -> list[Record]:
             raise
         # Many a tab-separated corpus (GLUE's) knows no quoting: a quote there is a character like any other.
         rows = list(_table_rows(text, path, separator, csv.QUOTE_NONE))
+    if separator == "\t":
+        rows = _unless_quotes_pair_by_chance(rows, text, path)
     if not rows:
         return []
     columns = [name.strip() for name in rows[0][1]]
@@ -180,6 +185,21 @@ def _table(path: Path, separator: str) -> list[Record]:
         values = {name: value for name, value in zip(columns, row, strict=True) if name}
         records.append(Record(values, f"{path}, line {line}"))
     return records
+
+
+def _unless_quotes_pair_by_chance(
+    rows: list[tuple[int, list[str]]], text: str, path: Path
+) -> list[tuple[int, list[str]]]:
+    """Return the rows of a tab-separated file, read anew without quoting where each line is a whole row that way.
+
+    Two stray quotes, each at an edge of a text, would else make one text of all that stands between them, ends of lines
+    and tabs among it.
+    """
+    several_columns = bool(rows) and len(rows[0][1]) > 1  # of one column every line is whole
+    if not several_columns or not any(re.search(r"[\t\r\n]", value) for _, row in rows for value in row):
+        return rows
+    plain = list(_table_rows(text, path, "\t", csv.QUOTE_NONE))
+    return plain if {len(row) for _, row in plain} == {len(rows[0][1])} else rows
 
 
 def _table_rows(text: str, path: Path, separator: str, quoting: Literal[0, 3]) -> Iterator[tuple[int, list[str]]]:

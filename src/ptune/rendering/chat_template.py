@@ -60,7 +60,7 @@ def in_chat(template: Template, tokenizer: PreTrainedTokenizerBase, system: str 
         Template.parse(f"{system}{{answer}}")
         messages.insert(0, {"role": "system", "content": _SYSTEM})
     text = _rendered(tokenizer, messages)
-    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+    if tokenizer.bos_token and text.startswith(tokenizer.bos_token) and _begins_every_text(tokenizer):
         text = text.removeprefix(tokenizer.bos_token)  # the renderer sets it, as for every template
     for mark in (_USER, _SYSTEM)[: len(messages)]:
         if text.count(mark) != 1:
@@ -73,6 +73,11 @@ def in_chat(template: Template, tokenizer: PreTrainedTokenizerBase, system: str 
     further = escape(_between(tokenizer, messages)).replace(_AGAIN, again)
     source = "".join(map(written, opening)) + words + "{answer}"
     return Template.parse(f"{source}[next]{further}{{answer}}" if further else source)
+
+
+def _begins_every_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts its bos in front of a text; else the chat template's own stays a word."""
+    return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def _between(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:

@@ -173,8 +173,14 @@ class Renderer:
                 and the model reads single questions.
             TemplateError: the template's own words leave no room.
         """
-        row = self.conversation(record, reserve=reserve)
-        return self._ids(self._fit(self._values(record), reserve, record)) if row is None else list(row.ids)
+        return list(self.context_row(record, reserve=reserve).ids)
+
+    def context_row(self, record: Mapping[str, Any], *, reserve: int = 0) -> Row:
+        """Return what `context` does, and raise what it does: as a row, which says how much was left out."""
+        if (row := self.conversation(record, reserve=reserve)) is not None:
+            return row
+        values, cut = self._fit(self._values(record), reserve, record)
+        return dataclasses.replace(self._row(values, (), cut=cut), left_out=len(getattr(record, "history", ())))
 
     def conversation(self, record: Mapping[str, Any], answer: Sequence[int] = (), *, reserve: int = 0) -> Row | None:
         """Return a record behind as much as fits of what was said before it; None where nothing before it does.
@@ -273,8 +279,8 @@ class Renderer:
             if self.overlong == "error":
                 raise self._too_long_answer(record, len(answer_ids), room)
             kept = answer_ids[:room]
-        fitted = self._fit(values, len(kept), record)
-        return self._row(fitted, kept, cut=len(whole) + len(answer_ids) - len(self._ids(fitted)) - len(kept))
+        fitted, cut = self._fit(values, len(kept), record)
+        return self._row(fitted, kept, cut=cut + len(answer_ids) - len(kept))
 
     def masked_row(self, record: Mapping[str, Any], count: int, *, reserve: int = 0) -> Row:
         """Return a record with ``count`` masks where the answer stands, `Row.read_at` telling where.
@@ -287,10 +293,10 @@ class Renderer:
         Raises:
             DataError, TemplateError: as `context`.
         """
-        values = self._fit(self._values(record), max(reserve, count), record)
-        row = self._row(values, [self.tokenizer.mask_token_id] * count, cut=0)
+        values, cut = self._fit(self._values(record), max(reserve, count), record)
+        row = self._row(values, [self.tokenizer.mask_token_id] * count, cut=cut)
         start = next(place for place, label in enumerate(row.labels) if label != IGNORED)
-        return Row(row.ids, (IGNORED,) * len(row.ids), read_at=range(start, start + count))
+        return Row(row.ids, (IGNORED,) * len(row.ids), cut, read_at=range(start, start + count))
 
     def tokenised_row(self, record: Mapping[str, Any]) -> Row | None:
         """Return a row for a record that is tokenised already: virtual tokens in front of ``input_ids`` and ``labels``.
@@ -352,14 +358,12 @@ class Renderer:
     def _text_length(self, ids: Sequence[int]) -> int:
         return len(ids) - self.template.num_virtual_tokens
 
-    def _fit(self, values: Mapping[str, str], reserve: int, record: Mapping[str, Any]) -> Mapping[str, str]:
-        """Return the fields' texts, the longest of them cut until they leave ``reserve`` tokens of the limit."""
-        if self.limit is None:
-            return values
-        room = self.limit - reserve
-        if self._text_length(self._ids(values)) <= room:
-            return values
-        shortened = dict(values)
+    def _fit(self, values: Mapping[str, str], reserve: int, record: Mapping[str, Any]) -> tuple[Mapping[str, str], int]:
+        """Return the fields' texts, the longest cut until all leave ``reserve`` tokens of the limit, and tokens cut."""
+        whole = length = 0 if self.limit is None else self._text_length(self._ids(values))
+        if self.limit is None or whole <= self.limit - reserve:
+            return values, 0
+        shortened, room = dict(values), self.limit - reserve
         for name in sorted(values, key=lambda name: -len(self._tokens(values[name]))):
             low, high = 0, len(values[name])  # the most characters of this field that fit
             while low < high:
@@ -367,9 +371,9 @@ class Renderer:
                 shortened[name] = values[name][:middle].rstrip()
                 low, high = (middle, high) if self._text_length(self._ids(shortened)) <= room else (low, middle - 1)
             shortened[name] = values[name][:low].rstrip()
-            if self._text_length(self._ids(shortened)) <= room:
-                return shortened
-        raise self._too_many_words(record, self._text_length(self._ids(shortened)), reserve)
+            if (length := self._text_length(self._ids(shortened))) <= room:
+                return shortened, whole - length
+        raise self._too_many_words(record, length, reserve)
 
     def _too_long_answer(self, record: Mapping[str, Any], length: int, room: int) -> DataError:
         limit, mend = self._limit_in_words()

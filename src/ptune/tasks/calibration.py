@@ -41,7 +41,7 @@ class FittedTemperature:
     why: str
 
 
-def fit_temperature(scores: Tensor, targets: Sequence[int]) -> FittedTemperature:
+def fit_temperature(scores: Tensor, targets: Sequence[int], *, labels: bool = True) -> FittedTemperature:
     """Return the temperature at which held-out records have the least negative log-likelihood.
 
     That likelihood is convex in the temperature's inverse, so halving by the sign of its slope finds the one minimum.
@@ -49,12 +49,13 @@ def fit_temperature(scores: Tensor, targets: Sequence[int]) -> FittedTemperature
     Args:
         scores: ``[E, C]``.
         targets: E numbers of the right answers.
+        labels: the same number means the same answer in every record; else each has answers of its own.
     """
     if len(targets) < LEAST_RECORDS:
         return FittedTemperature(
             None, f"{len(targets)} held-out records are too few for a temperature, which takes {LEAST_RECORDS}"
         )
-    if len(set(targets)) == 1:
+    if labels and len(set(targets)) == 1:
         return FittedTemperature(None, "all held-out records are of one label, so no temperature can be fitted on them")
     scores, right = scores.double(), torch.tensor(targets)[:, None]
     own = scores.gather(-1, right).squeeze(-1)  # [E]

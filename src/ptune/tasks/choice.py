@@ -9,6 +9,7 @@ Shapes: E examples, C choices, N places read, one for each token of all choices,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ptune.config.settings import label_text
 from ptune.config.task import ChoiceConfig
-from ptune.errors import DataError
+from ptune.errors import DataError, TemplateError
 from ptune.families import MASKED
 from ptune.pretrained.losses import at_least_float32
 from ptune.rendering.batch import IGNORED, Row
@@ -80,12 +81,22 @@ class Choice(ScoringTask):
         )
 
     def rows(self, record: Mapping[str, Any]) -> tuple[Row, ...]:
-        """Return a row for each choice, its tokens supervised."""
+        """Return a row for each choice, its tokens supervised.
+
+        Raises:
+            DataError: the record lacks a choice or a field.
+            TemplateError: the longest choice has no room.
+        """
         answers = [self.renderer.answer_ids(self._text(record, name), end=False) for name in self.config.choices]
         longest = max(map(len, answers))  # every choice gets the same context, cut alike
-        if self.renderer.kind is MASKED:
-            return tuple(_masked(self.renderer.masked_row(record, len(ids), reserve=longest), ids) for ids in answers)
-        context = self.renderer.context(record, reserve=longest)
+        try:
+            if self.renderer.kind is MASKED:
+                rows = (self.renderer.masked_row(record, len(ids), reserve=longest) for ids in answers)
+                return tuple(map(_masked, rows, answers))
+            context = self.renderer.context_row(record, reserve=longest)
+        except TemplateError as error:
+            name = self.config.choices[list(map(len, answers)).index(longest)]
+            raise TemplateError(f'{error}, or shorten the choice "{name}", which is the longest') from error
         return tuple(_behind(context, ids) for ids in answers)
 
     def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
@@ -109,10 +120,10 @@ class Choice(ScoringTask):
         return self.config.before + text
 
 
-def _behind(context: Sequence[int], tokens: Sequence[int]) -> Row:
+def _behind(context: Row, tokens: Sequence[int]) -> Row:
     """Return a row whose last tokens are supervised, each read at the place before it."""
-    ids = (*context, *tokens)
-    return Row(ids, (*[IGNORED] * len(context), *tokens), read_at=range(len(context) - 1, len(ids) - 1))
+    ids, before = (*context.ids, *tokens), len(context.ids)
+    return replace(context, ids=ids, labels=(*[IGNORED] * before, *tokens), read_at=range(before - 1, len(ids) - 1))
 
 
 def _masked(row: Row, tokens: Sequence[int]) -> Row:
@@ -120,4 +131,4 @@ def _masked(row: Row, tokens: Sequence[int]) -> Row:
     labels = list(row.labels)
     for place, token in zip(row.read_at, tokens, strict=True):
         labels[place] = token
-    return Row(row.ids, tuple(labels), read_at=row.read_at)
+    return replace(row, labels=tuple(labels))

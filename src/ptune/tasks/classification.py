@@ -106,8 +106,11 @@ class Classification(ScoringTask):
         """Return scores ``[E, C]``, less those of an empty record where the calibration is by a prior."""
         if self.config.calibration != "prior":
             return scores
-        empty = dict.fromkeys((*self.renderer.template.fields, *self._names_contained), "")
-        return scores - self.scores(backbone, [self.rows(empty)], backbone.tokenizer.pad_token_id).float().cpu()
+        return scores - self.scores(backbone, [self.empty_rows()], backbone.tokenizer.pad_token_id).float().cpu()
+
+    def empty_rows(self) -> tuple[Row, ...]:
+        """Return the rows of an empty record, whose scores are the prior."""
+        return self.rows(dict.fromkeys((*self.renderer.template.fields, *self._names_contained), ""))
 
     def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
         """Return the labels' scores ``[E, C]`` from what is read, logits ``[N, V]``."""

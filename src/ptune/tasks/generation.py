@@ -62,7 +62,7 @@ class Generation(Task):
         """Return the record's answer as it stands.
 
         Raises:
-            DataError: the record lacks it.
+            DataError: the record lacks it, or holds no text in its place.
         """
         field = self.answer_field
         if not isinstance(record.get(field), str):
@@ -70,6 +70,12 @@ class Generation(Task):
                 raise DataError(
                     f"{record.location} is a conversation that ends with a question, so nothing can be learnt at its "
                     "end; write its answer, or remove the question"
+                )
+            if record.get(field) is not None:
+                found = "a number" if type(record[field]) in (int, float) else type(record[field]).__name__
+                raise DataError(
+                    f'{location(record)}: its answer in the field "{field}" is {found}, not a text; put quotes around '
+                    "it, or name another field as task.answer_field"
                 )
             said = f'has no answer: it lacks text in the field "{field}"'
             raise lacking(record, field, said, "name the right one as task.answer_field")

@@ -13,7 +13,7 @@ Shapes: C labels, j tokens of the longest label, s places read in one example.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class LabelReading:
         longest = self.mask.shape[1]
         if self.masks:
             return tuple(renderer.masked_row(record, count, reserve=longest) for count in self.masks)
-        context = renderer.context(record, reserve=longest)
+        context = renderer.context_row(record, reserve=longest)
         return tuple(_behind(context, prefix) for prefix in self.prefixes)
 
 
@@ -99,6 +99,6 @@ def _reading(
     return LabelReading(prefixes, masks, place, token, mask)
 
 
-def _behind(context: Sequence[int], prefix: Sequence[int]) -> Row:
-    ids = (*context, *prefix)
-    return Row(ids, (IGNORED,) * len(ids), read_at=range(len(context) - 1, len(ids)))
+def _behind(context: Row, prefix: Sequence[int]) -> Row:
+    ids = (*context.ids, *prefix)
+    return replace(context, ids=ids, labels=(IGNORED,) * len(ids), read_at=range(len(context.ids) - 1, len(ids)))

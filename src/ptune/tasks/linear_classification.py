@@ -8,7 +8,9 @@ Shapes: E examples, C labels, N places read, H width of hidden states.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,8 +81,8 @@ class LinearClassification(ScoringTask):
         """Return the one row, read at the answer's place."""
         if self.renderer.kind is MASKED:
             return (self.renderer.masked_row(record, 1),)
-        ids = tuple(self.renderer.context(record))
-        return (Row(ids, (IGNORED,) * len(ids), read_at=(len(ids) - 1,)),)
+        row = self.renderer.context_row(record)
+        return (replace(row, labels=(IGNORED,) * len(row.ids), read_at=(len(row.ids) - 1,)),)
 
     def scores_of(self, read: Tensor, examples: Sequence[Sequence[Row]]) -> Tensor:
         """Return the labels' scores ``[E, C]`` from what is read, hidden states ``[E, H]``."""
@@ -165,7 +167,7 @@ def labels_of(record: Mapping[str, Any], config: LinearClassificationConfig) -> 
     """Return a record's labels, one where the task is not of several.
 
     Raises:
-        DataError: the record lacks them, or holds several where one should be.
+        DataError: the record lacks them, or holds several where one should be, or something that is no label.
     """
     value = answer_value(record, config.label_field, "task.label_field", "label")
     if not config.multi_label:
@@ -179,7 +181,15 @@ def labels_of(record: Mapping[str, Any], config: LinearClassificationConfig) -> 
         return [label_text(value)]
     if value is None:
         return []
-    values = value if isinstance(value, list) else str(value).split(config.separator)
+    values = value if isinstance(value, list) else [value]
+    odd = [one for one in values if one is None or isinstance(one, list | dict)]
+    if odd:
+        raise DataError(
+            f'{location(record)}: a label in the field "{config.label_field}" is {json.dumps(odd[0], default=str)}, '
+            "and should be a text, a number or true or false; write its labels there as a list of these"
+        )
+    if not isinstance(value, list):
+        values = label_text(value).split(config.separator)
     return list(dict.fromkeys(text for one in values if (text := label_text(one).strip())))
 
 

@@ -298,8 +298,8 @@ def _missing_labels(config: RunConfig, train: Sequence[Record], dev: Sequence[Re
 
 def _of_conversations(train: Sequence[Record], examples: Sequence[Example], template: Template) -> Iterator[str]:
     if any(record.history for record in train if isinstance(record, Record)):
-        shortened = [row.left_out for example in examples for row in example.rows if row.left_out]
-        if shortened:
+        left_out = [max(row.left_out for row in example.rows) for example in examples]
+        if shortened := [count for count in left_out if count]:
             yield (
                 f"{sum(shortened)} exchanges of {len(shortened)} conversations, the oldest of each, are too long and "
                 "left out; raise max_length to keep more"

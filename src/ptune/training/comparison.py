@@ -6,14 +6,17 @@ ends with a look.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from ptune.generation.generate import GenerationOptions, generate
 from ptune.models.backbone import Backbone
+from ptune.rendering.batch import Row
+from ptune.tasks.classification import Classification
 from ptune.tasks.extraction import Extraction
 from ptune.tasks.generation import Generation
 from ptune.tasks.reading import ReadingTask
@@ -35,7 +38,8 @@ class Comparison:
         changed: answers that differ from the bare model's.
         total: answers compared.
         shift: mean change of the answers' probabilities, of all labels together; None for free text and tags.
-        off_task: question, the bare model's answer, the answer with the prompt; None for tasks without free text.
+        off_task: question, the bare model's answer, the answer with the prompt; None for tasks without free text,
+            and where a template takes no question.
         by_head: a trained linear head gave the answers, those without the prompt too.
         all_alike: with the prompt all answers are the same text, though the right ones differ.
     """
@@ -107,20 +111,38 @@ def compare_with_bare_model(parts: Parts) -> Comparison | None:
 
 
 def without_prompt(task: Task) -> Task:
-    """Return a task as the bare model is asked it: the same words without virtual tokens, no fitted temperature."""
-    return task.with_renderer(task.renderer.without_virtual_tokens())
+    """Return a task as the bare model is asked it: the same words without virtual tokens, no fitted temperature.
+
+    Where nothing is left of an empty record without virtual tokens there is no prior, either, and that is logged.
+    """
+    bare = task.with_renderer(task.renderer.without_virtual_tokens())
+    if isinstance(bare, Classification) and bare.config.calibration == "prior" and not _readable(bare.empty_rows()):
+        bare.config = bare.config.model_copy(update={"calibration": "none"})
+        logging.getLogger("ptune").warning(
+            "without virtual tokens an empty record has no token to read, so the bare model's scores are taken "
+            "without calibration by a prior; words in the template would give it one"
+        )
+    return bare
 
 
 def asks_anything(bare: Task, record: Mapping[str, Any]) -> bool:
     """Whether something is left to read of a record without virtual tokens."""
     if isinstance(bare, ReadingTask):
-        return all(place >= 0 for row in bare.rows(record) for place in row.read_at)
+        return _readable(bare.rows(record))
     return bool(bare.renderer.context(record))
 
 
-def _off_task(task: Task, bare: Task, backbone: Backbone) -> tuple[str, str, str]:
+def _readable(rows: Iterable[Row]) -> bool:
+    return all(place >= 0 for row in rows for place in row.read_at)
+
+
+def _off_task(task: Task, bare: Task, backbone: Backbone) -> tuple[str, str, str] | None:
     template = task.renderer.template
-    question = dict.fromkeys(template.fields, "") | {template.question_field or "": _QUESTION}
+    if template.question_field is None:
+        return None
+    question = dict.fromkeys(template.fields, "") | {template.question_field: _QUESTION}
     contexts = [one.renderer.question(question, _NEW_TOKENS) for one in (bare, task)]
+    if not all(contexts):
+        return None
     answers = generate(backbone, contexts, GenerationOptions(max_new_tokens=_NEW_TOKENS))
     return _QUESTION, answers[0].text, answers[1].text

@@ -8,6 +8,7 @@ from __future__ import annotations
 from accelerate.utils import broadcast_object_list
 
 from ptune.tasks.calibration import fit_temperature
+from ptune.tasks.choice import Choice
 from ptune.tasks.scoring import ScoringTask
 from ptune.tasks.task import Assessment
 from ptune.training.assembly import Parts
@@ -32,7 +33,8 @@ def assess_dev(parts: Parts, *, batch_size: int) -> tuple[Assessment, str] | Non
         return task.assessment(scores, records), "no temperature: task.fit_temperature is off"
     if task.answer_key != "label":
         return task.assessment(scores, records), "no temperature: a record has several labels, or none"
-    fitted = fit_temperature(scores, [task.target(record) for record in records])
+    targets = [task.target(record) for record in records]
+    fitted = fit_temperature(scores, targets, labels=not isinstance(task, Choice))
     (temperature,) = broadcast_object_list([fitted.value])  # scores of processes may differ in their last digits
     assessment = task.with_temperature(temperature).assessment(scores, records)
     if temperature is None:

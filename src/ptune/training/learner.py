@@ -138,9 +138,9 @@ class Learner:
         metrics = self.task.evaluate(self.prompted.backbone, self.parts.dev, batch_size=2 * self.settings.batch_size)
         value, sign = metrics[self.task.metric], 1 if self.task.greater_is_better else -1
         progress = self.progress
-        gained = progress.best_metric is None or sign * value > sign * progress.best_metric
+        gained = progress.best_metric is None or _greater(sign * value, sign * progress.best_metric)
         progress.evaluations_without_gain = 0 if gained else progress.evaluations_without_gain + 1
-        if gained or (value == progress.best_metric and metrics["loss"] < progress.best_loss):
+        if gained or (value == progress.best_metric and _greater(-metrics["loss"], -progress.best_loss)):
             progress.best_metric, progress.best_step = value, progress.step
             self.best = {"rows": self.prompted.rows().cpu().clone()} | head_tensors(self.prompted.head)
         progress.history.append({"step": progress.step, **metrics})
@@ -182,3 +182,8 @@ class Learner:
             fingerprint=self.prompted.backbone.fingerprint(),
             summary=summary(self.config, self.parts, self.progress, self.task),
         )
+
+
+def _greater(value: float, other: float) -> bool:
+    """Whether a value is above another; any number is above none."""
+    return value > other or (math.isnan(other) and not math.isnan(value))

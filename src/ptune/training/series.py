@@ -5,15 +5,19 @@ Knows settings, backbones and folders; the runs themselves are `train`'s, which 
 
 from __future__ import annotations
 
+import gc
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ptune.config.run import RunConfig
 from ptune.errors import ConfigError
 from ptune.models.backbone import Backbone
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.training.run_folder import SETTINGS, RunFolder
+
+_Result = TypeVar("_Result")
 
 
 def under_seeds(config: RunConfig, count: int) -> list[RunConfig]:
@@ -59,17 +63,29 @@ def may_resume(config: RunConfig, resume: bool) -> bool:
     return resume and (config.output / "run" / SETTINGS).is_file()
 
 
-def with_backbones(configs: Sequence[RunConfig]) -> Iterator[tuple[RunConfig, Backbone]]:
-    """Give each run's settings with its backbone, loaded once for all runs on it; one is in memory at a time.
+def in_turn(configs: Sequence[RunConfig], run: Callable[[RunConfig, Backbone], _Result]) -> list[_Result]:
+    """Carry out runs, those on one backbone together, each loaded once; one is in memory at a time.
+
+    Args:
+        configs: the settings of each.
+        run: carries one out on its loaded backbone, which it must not keep.
+
+    Returns:
+        What each run gives, in the order in which they were carried out.
 
     Raises:
         BackboneError: one cannot be loaded.
     """
+    results: list[_Result] = []
     for model in dict.fromkeys(config.model.model_dump_json() for config in configs):
-        together = [config for config in configs if config.model.model_dump_json() == model]
-        backbone = Backbone.load(together[0].model)
-        for config in together:
-            yield config, backbone
+        results += _on_one_backbone([config for config in configs if config.model.model_dump_json() == model], run)
+        gc.collect()  # a loaded model is part of cycles
+    return results
+
+
+def _on_one_backbone(configs: Sequence[RunConfig], run: Callable[[RunConfig, Backbone], _Result]) -> list[_Result]:
+    backbone = Backbone.load(configs[0].model)
+    return [run(config, backbone) for config in configs]
 
 
 def spread(prompts: Sequence[SoftPrompt], metric: str) -> tuple[float, float]:
