@@ -251,6 +251,10 @@ def test_a_damaged_soft_prompt_is_named(run: Any, prompt: Path, tmp_path: Path, 
         (["inspect", "PROMPT", "--learning-rate", "3"], "takes nothing more"),
         (["import", "DATA", "--config", "DATA/run.yaml", "--output", "DATA/out"], "adapter_config.json"),
         (["train", "DATA/rnu.yaml"], 'Did you mean "run.yaml"?'),
+        (["train", "DATA"], "is a folder where a config file was expected; name a file in it"),
+        (["train", f"DATA/{'long ' * 60}.yaml"], "there is no config file"),
+        (["train", "DATA/run.yaml", "--data", "long " * 60], "does not exist; check the path"),
+        (["eval", "PROMPT", "--data", "long " * 60], "does not exist; check the path"),
         (["train", "DATA/run.yaml", "--learning-rte", "3"], 'Did you mean "learning_rate"?'),
         (["train", "DATA/run.yaml", "--resume", "--overwrite"], "and --overwrite begins anew; give one of the two"),
         (["train", "DATA/run.yaml", "--resume"], "holds no run to resume; leave --resume out to begin one"),
@@ -266,6 +270,10 @@ def test_mistyped_commands(
     said = run(*(part.replace("PROMPT", str(prompt)).replace("DATA", str(tmp_path)) for part in arguments))
     assert expected in said, said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_longer_than_a_name_of_a_file_is_answered(attempt: Any, prompt: Path) -> None:
+    assert attempt("predict", prompt, "the soup is great " * 20) == (0, "")
 
 
 def test_a_folder_of_another_run_keeps_every_byte(run: Any, models: Path, prompt: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ptune.errors import OutputError, PtuneError, did_you_mean
 
@@ -202,6 +202,17 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         os.close(file)
 
 
+def what_is_at(path: str | Path) -> Literal["file", "folder"] | None:
+    """Return what stands at a path, where ``~`` is the home folder; None for nothing, and for what can be no path.
+
+    Of a text that is longer than a name may be, pathlib raises an OSError where os.path says that nothing is there.
+    """
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        return "folder"
+    return "file" if os.path.exists(expanded) else None
+
+
 def missing_file(path: str | Path, what: str = "") -> str:
     """Return a sentence for a path where nothing is, with the nearest name in its folder.
 
@@ -211,7 +222,7 @@ def missing_file(path: str | Path, what: str = "") -> str:
     """
     path = Path(path)
     said, folder = f'there is no {what} "{path}"' if what else f"{path} does not exist", path.parent
-    if not folder.is_dir():
+    if what_is_at(folder) != "folder":
         return f"{said}, for there is no folder {folder}; check the path."
     return f"{said}; check the path.{did_you_mean(path.name, sorted(os.listdir(folder)))}"
 

@@ -13,6 +13,7 @@ import typer
 from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
 from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError, DataError
+from ptune.files import what_is_at
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,7 +70,7 @@ def evaluate(
 
     _check_split(data, split)
     if split is None:
-        split = "test" if Path(data).is_file() or has_split(data, "test") else "dev"
+        split = "test" if what_is_at(data) == "file" or has_split(data, "test") else "dev"
     records = load_records(data, split=split, fields=column_mapping(field), limit=limit)
     names = _names(prompt, records, by)
     own: dict[str, list[Any]] = {}
@@ -87,7 +88,7 @@ def evaluate(
             "prompt": str(prompt),
             "no_prompt": no_prompt,
             "data": data,
-            "split": None if Path(data).is_file() else split,
+            "split": None if what_is_at(data) == "file" else split,
             "records": len(records),
             "data_hash": data_hash(records),
             "backbone": backbone.name,
@@ -95,7 +96,7 @@ def evaluate(
             "device": backbone.device.type,
             "ptune": __version__,
         }
-    part = "" if Path(data).is_file() else f" ({split})"
+    part = "" if what_is_at(data) == "file" else f" ({split})"
     without = ", without its virtual tokens" if no_prompt else ""
     title = escape(f"{prompt} on {len(records):,} records of {data}{part}{without}")
     if by is not None:
@@ -162,7 +163,7 @@ def predict(
     from ptune.files import write_text
     from ptune.records.data import load_records, looks_like_a_source
 
-    is_text = not (Path(data).exists() or looks_like_a_source(data))
+    is_text = what_is_at(data) is None and not looks_like_a_source(data)
     records: list[Any] = []
     if is_text:
         why = f'"{data}" is no file, folder or Hub name, but a text to answer'
@@ -271,7 +272,7 @@ def _bare_tasks(engine: Engine, names: Sequence[str], records: Sequence[Mapping[
 
 
 def _check_split(data: str, split: str | None) -> None:
-    if Path(data).is_file():
+    if what_is_at(data) == "file":
         refuse_unused(f'"{data}" is a single file', split=split)
 
 

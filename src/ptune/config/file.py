@@ -6,6 +6,7 @@ Knows the settings' names, not their meaning.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -18,7 +19,7 @@ from ptune.config.mistakes import said_of
 from ptune.config.run import RunConfig
 from ptune.config.task import TASK_CONFIGS
 from ptune.errors import ConfigError, did_you_mean
-from ptune.files import missing_file
+from ptune.files import missing_file, what_is_at
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -58,8 +59,11 @@ def read_values(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no YAML, or something else than settings.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = Path(os.path.expanduser(path))
+    found = what_is_at(path)
+    if found == "folder":
+        raise ConfigError(f'"{path}" is a folder where a config file was expected; name a file in it')
+    if found is None:
         raise ConfigError(missing_file(path, "config file"))
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
