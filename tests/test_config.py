@@ -257,6 +257,15 @@ def test_a_mistyped_override_is_named(arguments: list[str], sentence: str) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    start = {"method": "prompt", "prompt": "~/other"}
+    config = parse_config(SMALL, {"model": "~/model", "output": "~/out", "prompt.start": start})
+    assert config.model.name == "/home/of/mine/model"
+    assert config.output == Path("/home/of/mine/out")
+    assert config.prompt.start.prompt == "/home/of/mine/other"
+
+
 def test_held_out_records_of_the_command_line_stand_beside_its_data() -> None:
     assert run_overrides(["--dev", "b.jsonl"], data="a.jsonl") == {"data.train": "a.jsonl", "data.dev": "b.jsonl"}
     assert run_overrides([], data="a.jsonl") == {"data.train": "a.jsonl", "data.dev": None}
