@@ -190,7 +190,7 @@ def test_overrides_go_before_the_file_and_make_missing_sections(tmp_path: Path) 
 def test_a_mistake_in_an_override_is_reported_with_those_of_the_file() -> None:
     message = mistake(changed(training={"epochs": 0}), {"training.batch_size": -1})
     assert '"training.epochs"' in message
-    assert '"training.batch_size"' in message
+    assert "--training.batch_size takes" in message
 
 
 @pytest.mark.parametrize(
