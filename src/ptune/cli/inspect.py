@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptune.cli.overrides import run_overrides
+from ptune.cli.overrides import check_config_first, run_overrides
 from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
 
@@ -52,6 +52,7 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
 
     if config is None:
         raise ConfigError("ptune inspect data needs a config file: ptune inspect data CONFIG.yaml")
+    check_config_first(config, "inspect data")
     settings = load_config(config, run_overrides(rest, model=model, data=data))
 
     from ptune.cli.quiet import quiet
