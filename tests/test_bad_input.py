@@ -280,6 +280,29 @@ def test_a_text_that_is_longer_than_a_name_of_a_file_is_answered(attempt: Any, p
     assert attempt("predict", prompt, "the soup is great " * 20) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("", "a folder of that name stands there; remove it or choose another path"),
+        ("test.jsonl/out.json", "a part of the path is a file, not a folder; choose another path"),
+    ],
+)
+@pytest.mark.parametrize("typed", ["predict PROMPT DATA --output", "eval PROMPT --data DATA --json"])
+def test_a_file_that_has_no_place_is_refused_before_a_model_is_loaded(
+    run: Any, models: Path, tmp_path: Path, typed: str, place: str, said: str
+) -> None:
+    (tmp_path / "test.jsonl").write_text(GOOD, encoding="utf-8")
+    words = typed.replace("PROMPT", str(models / "none")).replace("DATA", str(tmp_path / "test.jsonl")).split()
+    assert run(*words, tmp_path / place).endswith(f"{said}.")  # not that there is no such soft prompt
+
+
+def test_an_argument_that_is_no_text_is_refused(prompt: Path) -> None:
+    typed = [sys.executable, "-m", "ptune", "predict", str(prompt), b"\xff\xfe bad"]
+    done = subprocess.run(typed, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "argument 3 should be text in UTF-8, and is b'\\xff\\xfe bad'" in sentence(done.stderr)
+
+
 def test_a_folder_of_another_run_keeps_every_byte(run: Any, models: Path, prompt: Path, tmp_path: Path) -> None:
     shutil.copytree(prompt, tmp_path / "out")
     before = tree(tmp_path / "out")

@@ -66,6 +66,24 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         _remove(temporary)
 
 
+def file_place(path: str | Path) -> Path:
+    """Return where a file will be written, ``~`` for the home folder, once it is known to have a place there.
+
+    For commands that write at the end of long work. Nothing is touched; the disk may still be full by then.
+
+    Raises:
+        OutputError: a folder stands there, a part of the path is a file, or permission is denied.
+    """
+    path = Path(os.path.expanduser(path))
+    folder = next((parent for parent in path.parents if what_is_at(parent) is not None), path)
+    code = errno.EISDIR if what_is_at(path) == "folder" else 0
+    code = code or (errno.ENOTDIR if what_is_at(folder) == "file" else 0)
+    code = code or (0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES)
+    if code:
+        raise OutputError(_cannot_write(path, OSError(code, os.strerror(code))))
+    return path
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Remove what killed writers left under temporary names in ``folder``; for the holder of its lock only."""
     for leftover in Path(folder).glob(f".*{TEMPORARY_SUFFIX}"):

@@ -65,9 +65,10 @@ def evaluate(
 
     from ptune import __version__
     from ptune.cli.progress import format_metrics, format_value
-    from ptune.files import write_json
+    from ptune.files import file_place, write_json
     from ptune.records.data import data_hash, has_split, load_records
 
+    place = None if json_file is None else file_place(json_file)
     _check_split(data, split)
     if split is None:
         split = "test" if what_is_at(data) == "file" or has_split(data, "test") else "dev"
@@ -115,8 +116,8 @@ def evaluate(
         if assessment.labels:
             Console().print(confusion_table(assessment.labels, assessment.confusion))
         values = assessment.values()
-    if json_file is not None:
-        write_json(json_file, about | values)
+    if place is not None:
+        write_json(place, about | values)
 
 
 def confusion_table(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> Table | str:
@@ -160,9 +161,10 @@ def predict(
 
     quiet()
     from ptune.engine.mixed_batches import answer_together
-    from ptune.files import write_text
+    from ptune.files import file_place, write_text
     from ptune.records.data import load_records, looks_like_a_source
 
+    place = None if output is None else file_place(output)
     is_text = what_is_at(data) is None and not looks_like_a_source(data)
     records: list[Any] = []
     if is_text:
@@ -185,11 +187,11 @@ def predict(
         json.dumps(_beside(record, answer), ensure_ascii=False, default=str) + "\n"  # a table may hold dates
         for record, answer in zip(records, answers, strict=True)
     )
-    if output is None:
+    if place is None:
         typer.echo(lines, nl=False)
     else:
-        write_text(output, lines)
-        typer.echo(f"{len(answers)} answers written to {output}", err=True)
+        write_text(place, lines)
+        typer.echo(f"{len(answers)} answers written to {place}", err=True)
 
 
 def _names(prompt: Path, records: Sequence[Mapping[str, Any]], by: str | None) -> list[str]:
