@@ -313,6 +313,12 @@ def test_a_folder_of_another_run_keeps_every_byte(run: Any, models: Path, prompt
     assert tree(tmp_path / "out") == before
 
 
+def test_a_file_of_an_older_run_that_cannot_be_removed_is_named(run: Any, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "run" / "log.jsonl").mkdir(parents=True)
+    said = run("train", config_file(tmp_path, models / "sound"), "--overwrite")
+    assert said.startswith(f'cannot remove "{tmp_path / "out" / "run" / "log.jsonl"}" of an older run: ')
+
+
 def test_a_folder_in_use_is_refused_with_the_process_that_holds_it(run: Any, models: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from ptune.files import folder_lock\n"
