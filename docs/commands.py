@@ -14,8 +14,8 @@ WIDTH = 100
 
 INTRODUCTION = """# Commands
 
-What every command says to `--help`. `train`, `search` and `inspect data` take every [setting](configuration.md) besides,
-by its name. A mistake is one sentence and exit code 2; after Ctrl-C the exit code is 130.
+The help of every command. `train`, `search` and `inspect data` take every [setting](configuration.md) besides, by its
+name. A mistake is one sentence and exit code 2; after Ctrl-C the exit code is 130.
 
 Made from `src/ptune/cli/`.
 """
