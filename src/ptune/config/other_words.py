@@ -45,10 +45,8 @@ _SETTINGS = {
 OTHER_WORDS = {word: setting for setting, words in _SETTINGS.items() for word in words.split()}
 """The last part of another's name -> the setting here."""
 
-COUNTS = frozenset(
-    "num_virtual_tokens pre_seq_len psl prefix_length prefix_len prompt_length prompt_len num_tokens n_tokens "
-    "soft_prompt_length num_prompt_tokens length".split()
-)
+COUNTS: tuple[str, ...] = ("num_virtual_tokens", "num_prompt_tokens", "num_tokens", "n_tokens", "pre_seq_len", "psl")
+COUNTS += ("prefix_length", "prefix_len", "prompt_length", "prompt_len", "soft_prompt_length", "length")
 """Names of the number of virtual tokens, which stands in the template."""
 
 _OPTIONS = {"resume_from_checkpoint": "--resume", "overwrite_output_dir": "--overwrite"}
