@@ -70,6 +70,8 @@ def read_values(path: str | Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f'"{path}" is no readable YAML: {" ".join(str(error).split())}') from error
+    except OSError as error:
+        raise ConfigError(f'"{path}" cannot be read ({error.strerror}); check its permissions') from error
     if not isinstance(values, dict):
         raise ConfigError(f'"{path}" should hold settings as `name: value`, and holds {type(values).__name__}')
     return values
