@@ -253,8 +253,17 @@ def test_a_damaged_soft_prompt_is_named(run: Any, prompt: Path, tmp_path: Path, 
         (["inspect", "PROMPT", "--learning-rate", "3"], "takes nothing more"),
         (["import", "DATA", "--config", "DATA/run.yaml", "--output", "DATA/out"], "adapter_config.json"),
         (["train", "DATA/rnu.yaml"], 'Did you mean "run.yaml"?'),
+        (["train", "/proc/self/mem"], '"/proc/self/mem" cannot be read (Input/output error); check its permissions'),
+        (["train", "DATA"], "is a folder where a config file was expected; name a file in it"),
+        (["train", f"DATA/{'long ' * 60}.yaml"], "there is no config file"),
+        (["train", "DATA/run.yaml", "--data", "long " * 60], "does not exist; check the path"),
+        (["eval", "PROMPT", "--data", "long " * 60], "does not exist; check the path"),
         (["train", "DATA/run.yaml", "--learning-rte", "3"], 'Did you mean "learning_rate"?'),
         (["train", "DATA/run.yaml", "--resume", "--overwrite"], "and --overwrite begins anew; give one of the two"),
+        (["train", "DATA/run.yaml", "--resume", "--from", "PROMPT"], "--resume and --from do not go together: a run"),
+        (["train", "--learning_rate", "0.01", "DATA/run.yaml"], "give the config file first, and settings behind it"),
+        (["search", "--epochs=3", "DATA/run.yaml"], "give the config file first, and settings behind it"),
+        (["inspect", "data", "--epochs", "3", "DATA/run.yaml"], "give the config file first, and settings behind"),
         (["train", "DATA/run.yaml", "--resume"], "holds no run to resume; leave --resume out to begin one"),
     ],
     ids=lambda value: " ".join(value).replace("/", "-") if isinstance(value, list) else "",
@@ -270,6 +279,33 @@ def test_mistyped_commands(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_text_that_is_longer_than_a_name_of_a_file_is_answered(attempt: Any, prompt: Path) -> None:
+    assert attempt("predict", prompt, "the soup is great " * 20) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("", "a folder of that name stands there; remove it or choose another path"),
+        ("test.jsonl/out.json", "a part of the path is a file, not a folder; choose another path"),
+    ],
+)
+@pytest.mark.parametrize("typed", ["predict PROMPT DATA --output", "eval PROMPT --data DATA --json"])
+def test_a_file_that_has_no_place_is_refused_before_a_model_is_loaded(
+    run: Any, models: Path, tmp_path: Path, typed: str, place: str, said: str
+) -> None:
+    (tmp_path / "test.jsonl").write_text(GOOD, encoding="utf-8")
+    words = typed.replace("PROMPT", str(models / "none")).replace("DATA", str(tmp_path / "test.jsonl")).split()
+    assert run(*words, tmp_path / place).endswith(f"{said}.")  # not that there is no such soft prompt
+
+
+def test_an_argument_that_is_no_text_is_refused(prompt: Path) -> None:
+    typed = [sys.executable, "-m", "ptune", "predict", str(prompt), b"\xff\xfe bad"]
+    done = subprocess.run(typed, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "argument 3 should be text in UTF-8, and is b'\\xff\\xfe bad'" in sentence(done.stderr)
+
+
 def test_a_folder_of_another_run_keeps_every_byte(run: Any, models: Path, prompt: Path, tmp_path: Path) -> None:
     shutil.copytree(prompt, tmp_path / "out")
     before = tree(tmp_path / "out")
@@ -278,6 +314,12 @@ def test_a_folder_of_another_run_keeps_every_byte(run: Any, models: Path, prompt
     assert said == f'"{tmp_path / "out"}" holds another run; choose another --output, or --resume it, or --overwrite it'
     run("train", file, "--overwrite", "--prompt.template", "[P*4]{text}")  # not even when the mistake is elsewhere
     assert tree(tmp_path / "out") == before
+
+
+def test_a_file_of_an_older_run_that_cannot_be_removed_is_named(run: Any, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "run" / "log.jsonl").mkdir(parents=True)
+    said = run("train", config_file(tmp_path, models / "sound"), "--overwrite")
+    assert said.startswith(f'cannot remove "{tmp_path / "out" / "run" / "log.jsonl"}" of an older run: ')
 
 
 def test_a_folder_in_use_is_refused_with_the_process_that_holds_it(run: Any, models: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ptune.records.record import Record
 from ptune.tasks.calibration import fit_temperature, reliability
 from ptune.tasks.task import Assessment
 from ptune.training.assembly import assemble
-from ptune.training.dev_assessment import assess_dev
+from ptune.training.dev_assessment import assess_dev, temperature_sentence
 
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 SCRIPT = """
@@ -136,6 +136,14 @@ def config_of(folder: Path, output: Path, dev: str = "dev", **task: Any) -> RunC
             "output": str(output),
         }
     )
+
+
+def test_a_calibration_error_that_rises_is_told_with_what_the_fit_is_to() -> None:
+    said = temperature_sentence(0.984, "fitted on 60 held-out records", 0.019, 0.032)
+    assert said.endswith(
+        "-> 0.032, labels unchanged; the fit is to the likelihood of the right labels, which rose even so"
+    )
+    assert temperature_sentence(0.5, "fitted on 60 held-out records", 0.032, 0.019).endswith(", labels unchanged")
 
 
 class Listener(Reporter):

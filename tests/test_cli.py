@@ -106,6 +106,8 @@ def engine(answerer: Path) -> Engine:
 
 def test_training_says_what_it_trains_what_was_gained_and_what_to_do_next(classifier: Path, place: Path) -> None:
     said = (place / "classifier.txt").read_text(encoding="utf-8")
+    size = (classifier / "soft_prompt.safetensors").stat().st_size
+    assert f"saved {classifier}: {size / 1024:.0f} kB of tensors; try" in said
     assert "all frozen; trained: " in said
     assert "for 4 virtual tokens" in said
     assert "48 examples, 16 held out, 150 steps" in said
@@ -290,6 +292,9 @@ def test_inspect_says_what_a_prompt_is_and_which_words_are_near(classifier: Path
     assert re.search(r"result +accuracy \d+\.\d% -> \d+\.\d% on 16 held-out records, step \d+ of 150", said)
     whole = json.loads(run("inspect", classifier, "--json").stdout)
     assert whole["summary"]["steps"] == 150
+    assert re.search(r"trained in +float32 on cpu", said)
+    assert re.search(rf"data hash +{whole['summary']['data_hash']}", said)
+    assert re.search(rf"versions +ptune {re.escape(ptune.__version__)}, torch ", said)
     rows = [line for line in said.splitlines() if line.strip("│ ")[:2] in ("0 ", "1 ", "2 ", "3 ")]
     assert len(rows) == 4
     assert all(row.count("'") + row.count('"') >= 4 for row in rows)  # two words each, quoted

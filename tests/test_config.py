@@ -210,7 +210,7 @@ def test_overrides_go_before_the_file_and_make_missing_sections(tmp_path: Path) 
 def test_a_mistake_in_an_override_is_reported_with_those_of_the_file() -> None:
     message = mistake(changed(training={"epochs": 0}), {"training.batch_size": -1})
     assert '"training.epochs"' in message
-    assert '"training.batch_size"' in message
+    assert "--training.batch_size takes" in message
 
 
 @pytest.mark.parametrize(
@@ -275,6 +275,15 @@ def test_a_mistyped_override_is_named(arguments: list[str], sentence: str) -> No
         parse_config(SMALL, parse_overrides(arguments))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    start = {"method": "prompt", "prompt": "~/other"}
+    config = parse_config(SMALL, {"model": "~/model", "output": "~/out", "prompt.start": start})
+    assert config.model.name == "/home/of/mine/model"
+    assert config.output == Path("/home/of/mine/out")
+    assert config.prompt.start.prompt == "/home/of/mine/other"
 
 
 def test_held_out_records_of_the_command_line_stand_beside_its_data() -> None:

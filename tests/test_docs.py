@@ -50,13 +50,17 @@ def full_name(name: str) -> str:
     return name if name in sections.values() else sections.get(name) or override(name)
 
 
-def test_the_page_of_settings_is_made_from_the_settings() -> None:
-    specification = importlib.util.spec_from_file_location("configuration", ROOT / "docs" / "configuration.py")
+@pytest.mark.parametrize("name", ["configuration", "commands"])
+@pytest.mark.parametrize("columns", ["60", "200"])
+def test_a_page_that_is_made_is_up_to_date(name: str, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)  # the page is the same on every terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    specification = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/configuration.py"
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), f"run: python docs/{name}.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

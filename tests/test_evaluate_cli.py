@@ -85,6 +85,16 @@ def test_eval_says_what_a_score_was_had_on(folder: Path, tmp_path: Path) -> None
     assert (result["prompt"], result["no_prompt"]) == (str(prompt), False)
 
 
+def test_data_below_the_home_folder_is_a_single_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    typed = ["eval", str(folder / "prompts" / "one"), "--data=~/test.jsonl", "--json", str(tmp_path / "metrics.json")]
+    done = CliRunner().invoke(app, typed)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "metrics.json").read_text())["split"] is None
+
+
 def test_the_bare_model_is_scored_and_answers_by_the_same_words(folder: Path, tmp_path: Path) -> None:
     """Held against a task without virtual tokens that no soft prompt was ever part of."""
     words = soft_prompts.TEMPLATE.replace("[P*4]", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,24 @@ def virtual_probability(merged: MergedModel) -> tuple[float, int]:
     with torch.no_grad():
         probabilities = torch.softmax(model(texts).logits.double(), -1)
     return float(probabilities[..., ids].sum(-1).max()), texts.numel()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_merge_that_is_stopped_leaves_nothing_and_says_so(sent: signal.Signals, tmp_path: Path) -> None:
+    soft_prompt(on_disk(tmp_path / "model"), CHAT, 3).save(tmp_path / "chat")
+    typed = [sys.executable, "-m", "ptune", "merge", str(tmp_path / "chat"), "--output", str(tmp_path / "merged")]
+    merge = subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert merge.stderr is not None
+    lines = [merge.stderr.readline()]
+    assert lines[0] == f"loading {tmp_path / 'model'}\n"
+    while "round 1" not in lines[-1] and lines[-1]:
+        lines.append(merge.stderr.readline())
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".ptune-tmp")]
+    merge.send_signal(sent)
+    said, error = merge.communicate(timeout=60)
+    assert (merge.returncode, said) == (130, "")
+    assert error == f"ptune: stopped before the merged model was whole; nothing was written to {tmp_path / 'merged'}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat", "model"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -87,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     tiny_model("gpt2").save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    summary = soft_prompts.SUMMARY | {"data": EVIL, "best_step": 20}
+    summary = soft_prompts.SUMMARY | {"data": EVIL, "best_step": 20, "after": {"accuracy": 0.75, "loss": 0.125}}
     backbone = Backbone.load(str(folder / "model"))
     template = "[P*4]<script>{text}</script>{answer}"
     soft_prompts.make(backbone, task=TASK, template=template, temperature=1.5, summary=summary).save(folder / "prompt")
@@ -172,6 +173,25 @@ def test_no_folder_of_the_machine_is_told(folder: Path, tmp_path: Path) -> None:
         'backbone: "model" is',
     ):
         assert said in Page(page).text
+
+
+@pytest.mark.parametrize("kind", ["stopped early", "other scores", "other settings"])
+def test_files_of_a_later_run_that_was_stopped_are_left_out(folder: Path, tmp_path: Path, kind: str) -> None:
+    shutil.copytree(folder / "prompt", tmp_path / "prompt")
+    run = tmp_path / "prompt" / "run"
+    lines = {"stopped early": LOG[:2], "other scores": [LOG[0] | {"accuracy": 0.25}, *LOG[1:]], "other settings": []}[
+        kind
+    ]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if kind == "other settings":
+        (run / "config.yaml").write_text("training: {seed: 8}", encoding="utf-8")
+    whole = read_story(folder / "prompt", SoftPrompt.load(folder / "prompt"))
+    assert (len(whole.log), whole.no_log) == (3, "")
+    assert whole.settings
+    story = read_story(tmp_path / "prompt", SoftPrompt.load(tmp_path / "prompt"))
+    assert (story.log, story.settings, story.assessment, story.comparison) == ([], None, None, None)
+    pytest.importorskip("matplotlib")
+    assert "are of a later run, which has not come to its end" in Page(report_page(story)).text
 
 
 def test_the_virtual_tokens_stand_with_their_nearest_words_and_distances(folder: Path) -> None:

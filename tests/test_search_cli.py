@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,12 @@ from ptune.soft_prompts.soft_prompt import SoftPrompt
 WORDS = ["soup", "film", "room", "waiter", "apple", "hotel", "door", "song"]
 
 
-def ptune(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+def ptune(*words: object, code: int = 0, columns: int = 200) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-m", "ptune", *map(str, words)],
         capture_output=True,
         text=True,
-        env=os.environ | {"COLUMNS": "200", "TERM": "dumb"},
+        env=os.environ | {"COLUMNS": str(columns), "TERM": "dumb"},
         timeout=300,
         check=False,
     )
@@ -72,6 +73,18 @@ def test_a_search_prints_its_table_and_leaves_the_best(place: Path, tmp_path: Pa
     assert prompt.summary["after"]["accuracy"] == best["best"]
     assert "accuracy" in ptune("eval", tmp_path / "best", "--data", place / "dev.jsonl").stdout
     assert "holds another run" in ptune("search", place / "search.yaml", "--output", tmp_path / "best", code=2).stderr
+
+
+def test_the_table_shows_every_value_and_the_best_ones_number_on_a_narrow_terminal(place: Path, tmp_path: Path) -> None:
+    varied = ["--vary", "learning_rate=0.0025,0.015", "--vary", "encoder.type=mlp,embedding"]
+    done = ptune("search", place / "search.yaml", *varied, "--output", tmp_path / "best", columns=80)
+    ranked = json.loads((tmp_path / "best" / "run" / "search.json").read_text())
+    table = done.stdout.partition("best step")[2]
+    for row in ranked["candidates"]:
+        mark = f"{row['candidate']} best" if row["candidate"] == ranked["best"] else str(row["candidate"])
+        values = r"\s+".join(re.escape(str(value)) for value in row["settings"].values())
+        assert re.search(rf"^{mark}\s+{values}\s", table, re.MULTILINE), done.stdout
+    assert max(map(len, table.splitlines()[:20])) <= 80
 
 
 @pytest.mark.parametrize(

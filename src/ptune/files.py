@@ -17,7 +17,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ptune.errors import OutputError, PtuneError, did_you_mean
 
@@ -64,6 +64,24 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         raise OutputError(_cannot_write(path, error)) from error
     finally:
         _remove(temporary)
+
+
+def file_place(path: str | Path) -> Path:
+    """Return where a file will be written, ``~`` for the home folder, once it is known to have a place there.
+
+    For commands that write at the end of long work. Nothing is touched; the disk may still be full by then.
+
+    Raises:
+        OutputError: a folder stands there, a part of the path is a file, or permission is denied.
+    """
+    path = Path(os.path.expanduser(path))
+    folder = next((parent for parent in path.parents if what_is_at(parent) is not None), path)
+    code = errno.EISDIR if what_is_at(path) == "folder" else 0
+    code = code or (errno.ENOTDIR if what_is_at(folder) == "file" else 0)
+    code = code or (0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES)
+    if code:
+        raise OutputError(_cannot_write(path, OSError(code, os.strerror(code))))
+    return path
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -202,6 +220,17 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         os.close(file)
 
 
+def what_is_at(path: str | Path) -> Literal["file", "folder"] | None:
+    """Return what stands at a path, where ``~`` is the home folder; None for nothing, and for what can be no path.
+
+    Of a text that is longer than a name may be, pathlib raises an OSError where os.path says that nothing is there.
+    """
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        return "folder"
+    return "file" if os.path.exists(expanded) else None
+
+
 def missing_file(path: str | Path, what: str = "") -> str:
     """Return a sentence for a path where nothing is, with the nearest name in its folder.
 
@@ -211,7 +240,7 @@ def missing_file(path: str | Path, what: str = "") -> str:
     """
     path = Path(path)
     said, folder = f'there is no {what} "{path}"' if what else f"{path} does not exist", path.parent
-    if not folder.is_dir():
+    if what_is_at(folder) != "folder":
         return f"{said}, for there is no folder {folder}; check the path."
     return f"{said}; check the path.{did_you_mean(path.name, sorted(os.listdir(folder)))}"
 

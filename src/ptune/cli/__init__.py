@@ -6,6 +6,7 @@ before a command runs, so that help is instant. A `PtuneError` becomes one sente
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -22,7 +23,7 @@ from ptune.cli.report import report
 from ptune.cli.search import search
 from ptune.cli.serve import serve
 from ptune.cli.train import train
-from ptune.errors import PtuneError
+from ptune.errors import ConfigError, PtuneError
 
 _ANY_SETTING = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -58,9 +59,26 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
+def _check_arguments(arguments: list[str]) -> None:
+    """See that all arguments are text.
+
+    Raises:
+        ConfigError: the bytes of one are not UTF-8.
+    """
+    for number, argument in enumerate(arguments, 1):
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"argument {number} should be text in UTF-8, and is {os.fsencode(argument)!r}; set the terminal to "
+                "UTF-8, or put the text into a file in UTF-8"
+            ) from None
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the user's mistake, 130 stopped by Ctrl-C."""
     try:
+        _check_arguments(sys.argv[1:])
         app()
     except PtuneError as error:
         print(f"ptune: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ import typer
 from ptune.cli.loading import Device, Dtype, Model, TrustRemoteCode, loading
 from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError, DataError
+from ptune.files import what_is_at
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,12 +65,13 @@ def evaluate(
 
     from ptune import __version__
     from ptune.cli.progress import format_metrics, format_value
-    from ptune.files import write_json
+    from ptune.files import file_place, write_json
     from ptune.records.data import data_hash, has_split, load_records
 
+    place = None if json_file is None else file_place(json_file)
     _check_split(data, split)
     if split is None:
-        split = "test" if Path(data).is_file() or has_split(data, "test") else "dev"
+        split = "test" if what_is_at(data) == "file" or has_split(data, "test") else "dev"
     records = load_records(data, split=split, fields=column_mapping(field), limit=limit)
     names = _names(prompt, records, by)
     own: dict[str, list[Any]] = {}
@@ -87,7 +89,7 @@ def evaluate(
             "prompt": str(prompt),
             "no_prompt": no_prompt,
             "data": data,
-            "split": None if Path(data).is_file() else split,
+            "split": None if what_is_at(data) == "file" else split,
             "records": len(records),
             "data_hash": data_hash(records),
             "backbone": backbone.name,
@@ -95,7 +97,7 @@ def evaluate(
             "device": backbone.device.type,
             "ptune": __version__,
         }
-    part = "" if Path(data).is_file() else f" ({split})"
+    part = "" if what_is_at(data) == "file" else f" ({split})"
     without = ", without its virtual tokens" if no_prompt else ""
     title = escape(f"{prompt} on {len(records):,} records of {data}{part}{without}")
     if by is not None:
@@ -114,8 +116,8 @@ def evaluate(
         if assessment.labels:
             Console().print(confusion_table(assessment.labels, assessment.confusion))
         values = assessment.values()
-    if json_file is not None:
-        write_json(json_file, about | values)
+    if place is not None:
+        write_json(place, about | values)
 
 
 def confusion_table(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> Table | str:
@@ -159,10 +161,11 @@ def predict(
 
     quiet()
     from ptune.engine.mixed_batches import answer_together
-    from ptune.files import write_text
+    from ptune.files import file_place, write_text
     from ptune.records.data import load_records, looks_like_a_source
 
-    is_text = not (Path(data).exists() or looks_like_a_source(data))
+    place = None if output is None else file_place(output)
+    is_text = what_is_at(data) is None and not looks_like_a_source(data)
     records: list[Any] = []
     if is_text:
         why = f'"{data}" is no file, folder or Hub name, but a text to answer'
@@ -184,11 +187,11 @@ def predict(
         json.dumps(_beside(record, answer), ensure_ascii=False, default=str) + "\n"  # a table may hold dates
         for record, answer in zip(records, answers, strict=True)
     )
-    if output is None:
+    if place is None:
         typer.echo(lines, nl=False)
     else:
-        write_text(output, lines)
-        typer.echo(f"{len(answers)} answers written to {output}", err=True)
+        write_text(place, lines)
+        typer.echo(f"{len(answers)} answers written to {place}", err=True)
 
 
 def _names(prompt: Path, records: Sequence[Mapping[str, Any]], by: str | None) -> list[str]:
@@ -271,7 +274,7 @@ def _bare_tasks(engine: Engine, names: Sequence[str], records: Sequence[Mapping[
 
 
 def _check_split(data: str, split: str | None) -> None:
-    if Path(data).is_file():
+    if what_is_at(data) == "file":
         refuse_unused(f'"{data}" is a single file', split=split)
 
 

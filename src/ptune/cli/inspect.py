@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptune.cli.overrides import run_overrides
+from ptune.cli.overrides import check_config_first, run_overrides
 from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
 
@@ -52,6 +52,7 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
 
     if config is None:
         raise ConfigError("ptune inspect data needs a config file: ptune inspect data CONFIG.yaml")
+    check_config_first(config, "inspect data")
     settings = load_config(config, run_overrides(rest, model=model, data=data))
 
     from ptune.cli.quiet import quiet
@@ -103,7 +104,8 @@ def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "backbone", described["backbone"]
     if in_training := _if_known(summary, "{dtype}"):
         rounded = (summary.get("model") or {}).get("quantization")
-        yield "trained in", in_training + (f", weights of {rounded}" if isinstance(rounded, str) else "")
+        in_training += f", weights of {rounded}" if isinstance(rounded, str) else ""
+        yield "trained in", in_training + _if_known(summary, " on {device}")
     yield (
         "virtual tokens",
         f"{described['virtual_tokens']} of width {described['width']}, norms {norms['least']:.2g} to "
@@ -129,10 +131,14 @@ def _facts(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
         run = _if_known(summary, "{train_examples} examples of {data}, {seconds} s")
         rate = _if_known(summary["training"], ", learning rate {learning_rate:g}, seed {seed}")
         yield "run", (run + rate).removeprefix(", ")
+    if "data_hash" in summary:
+        yield "data hash", summary["data_hash"]
     if "imported" in summary:
         yield "imported", ", ".join(f"{name} {value}" for name, value in summary["imported"].items() if value)
     if "date" in summary:
         yield "date", summary["date"]
+    if "versions" in summary:
+        yield "versions", ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
     why_not = ", for PEFT's adapter of a soft prompt has no place for its linear head" if described["head"] else ""
     yield "loads in PEFT", "yes" if described["loads_in_peft"] else f"no{why_not}"
 

@@ -13,7 +13,7 @@ def list_prompts(
         "prompts"
     ),
 ) -> None:
-    """Show the soft prompts in a folder: task, backbone, score on dev, size, date."""
+    """Show the soft prompts in a folder: task, backbone, score on dev, size of all files but the run's, date."""
     from ptune.cli.quiet import quiet
 
     quiet()

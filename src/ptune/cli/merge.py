@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,14 @@ def merge(
     quiet()
     from ptune.merging.merge import merge_prompts
 
-    merged = merge_prompts(prompts, output, backbone=model, overwrite=overwrite)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that half a folder is taken away
+    try:
+        merged = merge_prompts(
+            prompts, output, backbone=model, overwrite=overwrite, tell=lambda stage: typer.echo(stage, err=True)
+        )
+    except KeyboardInterrupt:  # typer would end without a word
+        typer.echo(f"ptune: stopped before the merged model was whole; nothing was written to {output}", err=True)
+        raise typer.Exit(130) from None
     ids = [number for task in merged.tasks.values() for number in task]
     rounding = merged.rounding
     names = list(merged.tasks)

@@ -8,6 +8,19 @@ from typing import Any
 from ptune.errors import ConfigError
 
 
+def check_config_first(config: Path, command: str) -> None:
+    """See that the word in the config file's place is no option, as which typer leaves unknown ones there.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if str(config).startswith("--"):
+        raise ConfigError(
+            f"{config} stands before the config file; give the config file first, and settings behind it: "
+            f"ptune {command} CONFIG.yaml {config} ..."
+        )
+
+
 def run_overrides(
     arguments: list[str], *, model: str | None = None, data: str | None = None, output: Path | None = None
 ) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class ProgressReporter(Reporter):
         if comparison is not None:
             print_comparison(self.console, comparison)
         size = (folder / "soft_prompt.safetensors").stat().st_size
-        self.console.print(f"saved [bold]{escape(str(folder))}[/]: {size / 1024:.0f} kB; try")
+        self.console.print(f"saved [bold]{escape(str(folder))}[/]: {size / 1024:.0f} kB of tensors; try")
         verb = "generate" if self._config.task.type == "generation" else "predict"
         self.console.print(
             f"  ptune {verb} {escape(str(folder))} ...\n  ptune inspect {escape(str(folder))}", style="cyan"

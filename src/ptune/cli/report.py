@@ -23,7 +23,7 @@ def report(
     from ptune.cli.quiet import quiet
 
     quiet()
-    from ptune.files import write_text
+    from ptune.files import file_place, write_text
     from ptune.reports.page import report_page
     from ptune.reports.pictures import check_matplotlib
     from ptune.reports.story import read_story
@@ -32,8 +32,8 @@ def report(
 
     check_matplotlib()
     loaded = SoftPrompt.load(prompt)
+    path = file_place(output or prompt / "report.html")
     words, no_words = words_of_prompt(loaded, model, count)
     page = report_page(read_story(prompt, loaded, evaluation=evaluation, words=words, no_words=no_words))
-    path = output or prompt / "report.html"
     write_text(path, page)
     typer.echo(f"report written to {path}")

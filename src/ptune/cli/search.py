@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptune.cli.overrides import run_overrides
+from ptune.cli.overrides import check_config_first, run_overrides
 from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
 
@@ -44,6 +44,7 @@ def search(
     from ptune.cli.quiet import quiet
     from ptune.config.candidates import load_search, parse_vary
 
+    check_config_first(config, "search")
     overrides = run_overrides(context.args, model=model, data=data, output=output)
     if explain:
         refuse_unused("--explain trains nothing", overwrite=overwrite)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ptune.cli.progress import format_value, print_comparison
 from ptune.config.candidates import Candidate
@@ -19,6 +19,9 @@ from ptune.training.assembly import Parts
 from ptune.training.checkpoint import Progress as RunProgress
 from ptune.training.comparison import Comparison
 from ptune.training.reporting import SearchReporter
+
+_WHOLE = 16
+"""Characters of a value that a narrow terminal does not break: a number or a name, and no template."""
 
 
 class SearchProgress(SearchReporter):
@@ -88,14 +91,22 @@ class SearchProgress(SearchReporter):
             print_comparison(self.console, comparison)
 
     def ranked(self, table: Mapping[str, Any]) -> None:
-        """Print the table of all candidates."""
-        shown = Table("", "candidate", table["metric"], "best step", "steps", "seconds", "ended", box=None)
+        """Print the table of all candidates, a column for each varied setting; a narrow terminal breaks long values."""
+        names = list(dict.fromkeys(name for row in table["candidates"] for name in row["settings"]))
+        shown = Table(Column("", no_wrap=True), box=None, padding=(0, 2, 0, 0))
+        for name in names:
+            longest = max(len(str(row["settings"].get(name, ""))) for row in table["candidates"])
+            shown.add_column(_short(name), no_wrap=longest <= _WHOLE, overflow="fold")
+        for heading in (table["metric"], "best step"):
+            shown.add_column(heading, no_wrap=True)
+        shown.add_column("ended")
         for row in table["candidates"]:
             best = "-" if row["best"] is None else format_value(table["metric"], row["best"])
-            mark = "[green]best[/]" if row["candidate"] == table["best"] else str(row["candidate"])
-            numbers = (str(row["best_step"]), str(row["steps"]), f"{row['seconds']:.1f}")
-            shown.add_row(mark, escape(varied(row["settings"])), best, *numbers, escape(row["ended"] or ""))
-        self.console.print(shown)
+            mark = f"{row['candidate']} [green]best[/]" if row["candidate"] == table["best"] else str(row["candidate"])
+            settings = (escape(str(row["settings"].get(name, ""))) for name in names)
+            ended = f"step {row['steps']}" + (f": {escape(row['ended'])}" if row["ended"] else "")
+            shown.add_row(mark, *settings, best, str(row["best_step"]), ended)
+        self.console.print(shown, soft_wrap=False)
 
     def __enter__(self) -> SearchProgress:
         return self
@@ -108,4 +119,8 @@ class SearchProgress(SearchReporter):
 
 def varied(settings: Mapping[str, Any]) -> str:
     """Return the settings of a candidate on one line, each by the last part of its name."""
-    return "  ".join(f"{name.rsplit('.', 1)[-1]}={value}" for name, value in settings.items())
+    return "  ".join(f"{_short(name)}={value}" for name, value in settings.items())
+
+
+def _short(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

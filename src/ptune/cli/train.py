@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ptune.cli.overrides import run_overrides
+from ptune.cli.overrides import check_config_first, run_overrides
 from ptune.cli.unused import refuse_unused
 from ptune.errors import ConfigError
 
@@ -50,6 +50,11 @@ def train(
 
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite begins anew; give one of the two")
+    if resume and from_prompt is not None:
+        raise ConfigError(
+            "--resume and --from do not go together: a run that goes on has its own start; leave one of the two out"
+        )
+    check_config_first(config, "train")
     if explain:
         why = "--explain trains nothing"
         refuse_unused(why, resume=resume, overwrite=overwrite, seeds=seeds if seeds > 1 else None)

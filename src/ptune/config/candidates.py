@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 
 from ptune.config.file import override, parse_config, read_values, typed_value, with_overrides
 from ptune.config.mistakes import said_of
+from ptune.config.other_words import COUNTS, own_word
 from ptune.config.run import RunConfig
 from ptune.config.settings import Settings
 from ptune.errors import ConfigError, did_you_mean
@@ -157,7 +158,8 @@ def variable(name: str) -> str:
     try:
         full = override(name)
     except ConfigError:
-        mend = did_you_mean(typed, [*_VARIABLE, *leaves])
+        mend = f' Did you mean "{LENGTH}"?' if typed in COUNTS else own_word(name)
+        mend = mend or did_you_mean(typed, [*_VARIABLE, *leaves])
         raise ConfigError(f'--vary: there is no setting "{name}".{mend}') from None
     if full in _VARIABLE:
         return full

@@ -6,6 +6,7 @@ Knows the settings' names, not their meaning.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -14,11 +15,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ptune.config.mistakes import said_of
+from ptune.config.mistakes import listed, said_of
+from ptune.config.other_words import own_word
 from ptune.config.run import RunConfig
 from ptune.config.task import TASK_CONFIGS
 from ptune.errors import ConfigError, did_you_mean
-from ptune.files import missing_file
+from ptune.files import missing_file, what_is_at
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -65,13 +67,18 @@ def read_values(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no YAML, or something else than settings.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = Path(os.path.expanduser(path))
+    found = what_is_at(path)
+    if found == "folder":
+        raise ConfigError(f'"{path}" is a folder where a config file was expected; name a file in it')
+    if found is None:
         raise ConfigError(missing_file(path, "config file"))
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f'"{path}" is no readable YAML: {" ".join(str(error).split())}') from error
+    except OSError as error:
+        raise ConfigError(f'"{path}" cannot be read ({error.strerror}); check its permissions') from error
     if not isinstance(values, dict):
         raise ConfigError(f'"{path}" should hold settings as `name: value`, and holds {type(values).__name__}')
     return values
@@ -91,10 +98,14 @@ def parse_config(
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
         found |= _by_setting(error)
-    mistakes = [_sentence(name, entries) for name, entries in found.items()]
+    known = set(setting_names())  # sections are given in Python alone
+    options = [f"{name}." for name in overrides or {} if {name, name.rpartition(".")[0]} & known]
+    given = {name: any(f"{name}.".startswith(one) for one in options) for name in found}
+    mistakes = [_sentence(name, entries, given=given[name]) for name, entries in found.items()]
     if mistakes:
-        listed = mistakes[0] if len(mistakes) == 1 else "".join(f"\n  - {mistake}" for mistake in mistakes)
-        raise ConfigError(f"{source}: {listed}")
+        if all(given.values()):
+            source = "the command line" if len(mistakes) > 1 else ""
+        raise ConfigError(listed(source, mistakes))
     return config
 
 
@@ -128,33 +139,56 @@ def override(name: str) -> str:
             return f"{mapping}.{key}"
     if leaves:
         raise ConfigError(f'several settings are called "{name}": {", ".join(leaves)}; give one of these')
-    raise ConfigError(f'there is no setting "{name}".{did_you_mean(typed, _names_and_leaves(known))}')
+    mend = own_word(name) or did_you_mean(typed, _names_and_leaves(known))
+    raise ConfigError(f'there is no setting "{name}".{mend}')
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Return dotted names and values of what the command line was given: ``--training.seed 3 --learning-rate=1e-3``.
 
     Raises:
-        ConfigError: a stray word, a missing or unreadable value, an unknown setting, or one that is given twice.
+        ConfigError: a stray word, a missing or unreadable value, an unknown setting, or one that is given twice: all
+            at once.
     """
     overrides: dict[str, Any] = {}
+    mistakes: list[str] = []
     rest = list(arguments)
     while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f'"{word}" stands alone; settings are given as --name value')
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"--{name} needs a value")
-            if rest[0].startswith("--") and _is_setting(rest[0][2:].partition("=")[0]):
-                raise ConfigError(f"--{name} needs a value, and {rest[0]} stands behind it")
-            value = rest.pop(0)
-        full = override(name)
-        if full in overrides:
-            raise ConfigError(f"--{full} is given twice; leave one of the two out")
-        overrides[full] = typed_value(full, value)
+        try:
+            full, value = _next_override(rest)
+            if full in overrides:
+                raise ConfigError(f"--{full} is given twice; leave one of the two out")
+            overrides[full] = value
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError(listed("the command line" if len(mistakes) > 1 else "", mistakes))
     return overrides
+
+
+def _next_override(rest: list[str]) -> tuple[str, Any]:
+    """Take a name and its value from the front of what was typed.
+
+    Raises:
+        ConfigError: as `parse_overrides`.
+    """
+    word = rest.pop(0)
+    if not word.startswith("--"):
+        raise ConfigError(f'"{word}" stands alone; settings are given as --name value')
+    name, equals, value = word[2:].partition("=")
+    try:
+        full = override(name)
+    except ConfigError:
+        if not equals and rest and not rest[0].startswith("--"):
+            del rest[0]  # its value, which is no mistake of its own
+        raise
+    if not equals:
+        if not rest:
+            raise ConfigError(f"--{name} needs a value")
+        if rest[0].startswith("--") and _is_setting(rest[0][2:].partition("=")[0]):
+            raise ConfigError(f"--{name} needs a value, and {rest[0]} stands behind it")
+        value = rest.pop(0)
+    return full, typed_value(full, value)
 
 
 def _is_setting(name: str) -> bool:
@@ -272,15 +306,23 @@ def _by_setting(error: ValidationError) -> dict[str, list[Any]]:
     return found
 
 
-def _sentence(name: str, entries: Sequence[Any]) -> str:
-    """Return what is wrong with one setting; with the whole config where it has no name."""
+def _sentence(name: str, entries: Sequence[Any], *, given: bool) -> str:
+    """Return what is wrong with one setting; with the whole config where it has no name.
+
+    Args:
+        name: dotted.
+        entries: what pydantic says.
+        given: it was given as an option and does not stand so in the file.
+    """
     kind = entries[0]["type"]
     if kind == "extra_forbidden":
         section, _, leaf = name.rpartition(".")
         siblings = [n.rsplit(".", 1)[-1] for n in setting_names() if n.rsplit(".", 1)[0] == section]
         siblings += [] if section else [n.split(".")[0] for n in setting_names()]
         elsewhere = [n for n in setting_names() if n.rsplit(".", 1)[-1] == leaf]
-        mend = did_you_mean(leaf, siblings) or (f' Did you mean "{elsewhere[0]}"?' if elsewhere else "")
+        mend = (
+            own_word(leaf) or did_you_mean(leaf, siblings) or (f' Did you mean "{elsewhere[0]}"?' if elsewhere else "")
+        )
         owners = [kind.model_fields["type"].default for kind in TASK_CONFIGS if leaf in kind.model_fields]
         if section == "task" and owners:
             mend = f" It belongs to a task of type {' or '.join(owners)}, and this one is {entries[0]['loc'][1]}."
@@ -290,7 +332,9 @@ def _sentence(name: str, entries: Sequence[Any]) -> str:
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return f'"{name}.type" should be {", ".join(_KINDS[:-1])} or {_KINDS[-1]}'
     said = said_of(entries, null=type(None) in _parts_of(name))
-    return f'"{name}"{said}' if name else said.removeprefix(": ")
+    if not name:
+        return said.removeprefix(": ")
+    return f"--{name}{said}" if given else f'"{name}"{said}'
 
 
 def config_yaml(config: RunConfig) -> str:

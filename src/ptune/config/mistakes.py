@@ -45,11 +45,17 @@ def said_of(entries: Sequence[Mapping[str, Any]], *, null: bool = False) -> str:
     wanted = [_WANTED[one["type"]].format(**_limits(one)) for one in entries if one["type"] in _WANTED]
     if len(wanted) < len(entries):
         message = next(one["msg"] for one in entries if one["type"] not in _WANTED).removeprefix("Value error, ")
-        shown = "" if isinstance(found, dict) else f", and is {_shown(found)}"
+        shown = "" if isinstance(found, dict) or f'"{found}"' in message else f" (found {_shown(found)})"
         return f": {message[:1].lower()}{message[1:]}{shown}"
     kinds = ", or ".join([*dict.fromkeys(wanted), *(["null"] if null else [])])
     quoted = wanted == ["text"] and isinstance(found, bool | int | float)
     return f" takes {kinds}, and is {_shown(found)}{'; put it into quotes' if quoted else ''}"
+
+
+def listed(place: str, mistakes: Sequence[str]) -> str:
+    """Return one mistake, or several, a line each, behind the ``place`` where they were made, or behind none."""
+    behind = f"{place}: " if place else ""
+    return behind + (mistakes[0] if len(mistakes) == 1 else "".join(f"\n  - {mistake}" for mistake in mistakes))
 
 
 def _limits(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Knows nothing of models, tensors or files' contents, and imports no torch, so th
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,11 @@ class ModelConfig(Settings):
         "arguments of a transformers config, with its quant_method.",
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off unless asked.")
+
+    @field_validator("name")
+    @classmethod
+    def _home_folder(cls, value: str) -> str:
+        return os.path.expanduser(value)
 
 
 class DataConfig(Settings):
@@ -104,6 +110,11 @@ class StartConfig(Settings):
     )
     text: str | None = Field(None, description="For method text; repeated or cut to the number of virtual tokens.")
     prompt: str | None = Field(None, description="For method prompt: folder of a soft prompt.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _home_folder(cls, value: str | None) -> str | None:
+        return None if value is None else os.path.expanduser(value)
 
     @model_validator(mode="after")
     def _what_the_method_needs(self) -> StartConfig:
@@ -256,6 +267,11 @@ class RunConfig(Settings):
     output: Path = Field(
         Path("prompts/prompt"), description="Folder of the soft prompt; the run's own files stand in its folder run."
     )
+
+    @field_validator("output")
+    @classmethod
+    def _home_folder(cls, value: Path) -> Path:
+        return Path(os.path.expanduser(value))
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ Shapes: P virtual tokens of all prompts, H width, V rows of the backbone's input
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def merge_prompts(
     *,
     backbone: Backbone | ModelConfig | str | None = None,
     overwrite: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> MergedModel:
     """Write a model folder whose vocabulary has the virtual tokens of soft prompts as extra rows.
 
@@ -93,6 +94,7 @@ def merge_prompts(
         output: the folder to write; it appears whole or not at all.
         backbone: the model, where it is not the one that the prompts name; one that is loaded as its files have it.
         overwrite: replace an older merged model.
+        tell: is told each part of the work when it begins, for a merge takes a while.
 
     Raises:
         SoftPromptError: no prompt, two of one name, of different backbones, or of one that is not causal.
@@ -122,6 +124,8 @@ def merge_prompts(
     else:
         model = ModelConfig(name=backbone) if isinstance(backbone, str) else backbone
         source = source_folder(model.name, model.revision)  # refused before a long load
+        if tell is not None:
+            tell(f"loading {model.name}")
         backbone = Backbone.load(model)
     with Engine(backbone) as engine:
         for name, prompt in named.items():
@@ -129,7 +133,7 @@ def merge_prompts(
                 engine.add(name, prompt)
             except SoftPromptError as error:
                 raise SoftPromptError(f'"{name}": {error}') from error
-        merge = _Merge(engine, ModelFiles.of(source, backbone))
+        merge = _Merge(engine, ModelFiles.of(source, backbone), tell or (lambda stage: None))
         write_folder(output, merge.write, overwrite=overwrite)
     return MergedModel(folder=output, **merge.facts)
 
@@ -137,7 +141,8 @@ def merge_prompts(
 class _Merge:
     """One merge: the engine holds its prompts, and `write` fills a folder."""
 
-    def __init__(self, engine: Engine, files: ModelFiles) -> None:
+    def __init__(self, engine: Engine, files: ModelFiles, tell: Callable[[str], None]) -> None:
+        self._tell = tell
         self._engine, self._files, self._backbone = engine, files, engine.backbone
         self._count = sum(len(loaded.prompt.rows) for loaded in engine.prompts.values())
         self.facts: dict[str, Any] = {}
@@ -145,6 +150,7 @@ class _Merge:
     def write(self, folder: Path) -> None:
         """Fill ``folder``."""
         folder.mkdir()
+        self._tell("writing the tokenizer and its chat template, and holding its ids to ptune's own")
         self._files.copy_others(folder)
         mark = f"<|ptune-{self._digest()}"
         ids = add_tokens(folder, token_names(mark, self._count))
@@ -157,9 +163,10 @@ class _Merge:
         after = max(before, -(-(max(ids) + 1) // _MULTIPLE) * _MULTIPLE)
         rows = torch.cat([loaded.prompt.rows for loaded in self._engine.prompts.values()])  # [P, H]
         stored = on_disk_rows(self._backbone, rows, matrix.dtype)
+        self._tell("measuring what the model's dtype costs")
         rounding = rounding_cost(self._engine, rows, stored, contexts)
         head = matrix if self._files.tied else self._files.read(self._files.head)
-        never = find_output_row(self._backbone, contexts, self._count, head.dtype)
+        never = find_output_row(self._backbone, contexts, self._count, head.dtype, self._tell)
         changed = {
             self._files.matrix: _extended(matrix, after, ids, stored, torch.zeros_like(stored[0])),
             self._files.head: _extended(head, after, ids, never.weight.expand(len(ids), -1), never.weight),
@@ -168,6 +175,7 @@ class _Merge:
             bias = self._files.read(self._files.bias)[:, None]  # [V, 1]
             value = torch.full((1,), never.bias or 0.0, dtype=bias.dtype)
             changed[self._files.bias] = _extended(bias, after, ids, value.expand(len(ids), 1), value).flatten()
+        self._tell("writing the weights")
         rewritten = self._files.write(folder, changed)
         self._files.write_config(folder, after)
         self._write_generation_config(folder, ids)

@@ -17,7 +17,7 @@ computed once, whatever is tried on it. Shapes: N positions, H width, V rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,13 @@ class OutputRow:
     positions: int
 
 
-def find_output_row(backbone: Backbone, contexts: Sequence[Sequence[int]], count: int, dtype: torch.dtype) -> OutputRow:
+def find_output_row(
+    backbone: Backbone,
+    contexts: Sequence[Sequence[int]],
+    count: int,
+    dtype: torch.dtype,
+    tell: Callable[[str], None],
+) -> OutputRow:
     """Return the row that keeps ``count`` virtual tokens from being generated.
 
     It is fitted to every other text, measured on the rest, and what is good there is confirmed on new texts. Where it
@@ -72,6 +78,7 @@ def find_output_row(backbone: Backbone, contexts: Sequence[Sequence[int]], count
         contexts: ids of some contexts of the soft prompts.
         count: virtual tokens of the whole model.
         dtype: what the row is stored in.
+        tell: is told each round when it begins.
 
     Raises:
         BackboneError: none keeps their summed probability below `LIMIT` nor, when enough was tried, the mean there and
@@ -81,6 +88,10 @@ def find_output_row(backbone: Backbone, contexts: Sequence[Sequence[int]], count
     known = read(backbone, contexts)
     worst: list[list[int]] = []
     for number, size in enumerate(_ROUNDS):
+        tell(
+            "fitting the row that keeps virtual tokens from being said to texts that the model writes, "
+            f"round {number + 1} of at most {len(_ROUNDS)}"
+        )
         words = _words(backbone, opening, (1 + _ALONE) * size, 2 * number)
         known += read(backbone, words)
         starts = [*words[: size // 2], *_repeated(contexts, size // 2), *_repeated(worst, 2 * len(worst))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ptune.errors import DataError, did_you_mean
-from ptune.files import decode, missing_file, one_line, parse_json, read_bytes
+from ptune.files import decode, missing_file, one_line, parse_json, read_bytes, what_is_at
 from ptune.records.conversations import TURNS, is_said
 from ptune.records.record import Record
 
@@ -43,7 +44,7 @@ def has_split(source: str | Path, split: str) -> bool:
     Raises:
         DataError: nothing is there, or it cannot be read.
     """
-    if Path(source).expanduser().is_file():
+    if what_is_at(source) == "file":
         return False
     try:
         read_records(source, split)
@@ -58,10 +59,10 @@ def read_records(source: str | Path, split: str) -> Iterator[Record]:
     Raises:
         DataError: nothing is there, or it cannot be read; names file and line.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path, found = Path(os.path.expanduser(source)), what_is_at(source)
+    if found == "folder":
         return _read_folder(path, split)
-    if path.exists():
+    if found == "file":
         return _read_file(path)
     if _may_be_on_the_hub(str(source)):
         return _read_hub(str(source), split)
@@ -305,7 +306,7 @@ def _read_hub(name: str, split: str) -> Iterator[Record]:
         loaded = datasets.load_dataset(path, config or None)
     except Exception as error:  # it raises whatever its parts raise, the network among them
         here = Path(name).parent
-        near = did_you_mean(Path(name).name, sorted(path.name for path in here.iterdir())) if here.is_dir() else ""
+        near = did_you_mean(Path(name).name, sorted(path.name for path in here.iterdir())) if what_is_at(here) else ""
         raise DataError(
             f'"{name}" is neither a file here nor reachable as a data set on the Hub ({one_line(error)}); '
             f"check the name and the network, or give a path such as data/train.jsonl.{near}"
@@ -329,4 +330,4 @@ def _may_be_on_the_hub(name: str) -> bool:
     if not _HUB_NAME.fullmatch(name) or Path(name).suffix.lower() in _READERS:
         return False
     owner, slash, _ = name.partition("/")
-    return not (slash and Path(owner).is_dir())
+    return not (slash and what_is_at(owner) == "folder")

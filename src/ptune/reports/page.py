@@ -108,7 +108,7 @@ def _head(story: Story) -> Iterator[str]:
 def _run(story: Story) -> Iterator[str]:
     yield "<h2>The run</h2>"
     if not story.log:
-        yield '<p class="note">The run\'s own files are not beside this soft prompt, so there are no curves.</p>'
+        yield f'<p class="note">{escape(story.no_log)}</p>'
         return
     summary = story.described["summary"]
     names = {"train_loss": "training", "loss": "held-out"}

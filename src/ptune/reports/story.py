@@ -22,6 +22,11 @@ from ptune.training.run_folder import ASSESSMENT, COMPARISON, LOG, SETTINGS
 
 _PATHS = (("model", "name"), ("data", "train"), ("data", "dev"), ("prompt", "start", "prompt"), ("output",))
 """Settings that may hold paths."""
+_NO_FILES = "The run's own files are not beside this soft prompt, so there are no curves."
+_OTHER_RUN = (
+    "The run's files in this folder are of a later run, which has not come to its end, and not of the one that made "
+    "this soft prompt; so there are no curves and no settings."
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Story:
         settings: of the run, as YAML.
         words: near to each virtual token; None where they are not known.
         no_words: a sentence on why they are not.
+        no_log: a sentence on why there is no log.
     """
 
     name: str
@@ -47,6 +53,7 @@ class Story:
     settings: str | None
     words: Sequence[NearestWords] | None
     no_words: str = ""
+    no_log: str = ""
 
 
 def read_story(
@@ -71,31 +78,56 @@ def read_story(
         DataError: the evaluation is none.
     """
     run = folder / "run"
+    log = _read_log(run / LOG) if (run / LOG).is_file() else []
+    settings = (run / SETTINGS).read_text(encoding="utf-8", errors="replace") if (run / SETTINGS).is_file() else None
+    no_log = "" if log else _NO_FILES
+    is_own = _is_of_run(prompt.summary, log, settings)
+    if not is_own:
+        log, settings, no_log = [], None, _OTHER_RUN
     assessment = None
     if evaluation is not None:
         assessment = read_json(evaluation, DataError)
         _check(assessment, evaluation, DataError, "write it by ptune eval --json")
-    elif (run / ASSESSMENT).is_file():
+    elif is_own and (run / ASSESSMENT).is_file():
         assessment = read_json(run / ASSESSMENT, SoftPromptError)
         _check(assessment, run / ASSESSMENT, SoftPromptError, "copy the folder again, or delete this file")
         assessment |= {"records": prompt.summary.get("dev_records"), "data": None}
     comparison = None
-    if (run / COMPARISON).is_file():
+    if is_own and (run / COMPARISON).is_file():
         comparison = read_json(run / COMPARISON, SoftPromptError)
         _check_comparison(comparison, run / COMPARISON)
-    settings = run / SETTINGS
     return Story(
         folder.resolve().name,
         prompt.describe(),
-        _read_log(run / LOG) if (run / LOG).is_file() else [],
+        log,
         assessment if assessment and "labels" in assessment else None,
         comparison,
-        _settings_without_folders(settings.read_text(encoding="utf-8", errors="replace"))
-        if settings.is_file()
-        else None,
+        None if settings is None else _settings_without_folders(settings),
         words,
         no_words.replace(prompt.backbone_name, last_name(prompt.backbone_name)),
+        no_log,
     )
+
+
+def _is_of_run(summary: Mapping[str, Any], log: Sequence[Mapping[str, Any]], settings: str | None) -> bool:
+    """Whether a run's files are of the run that made the soft prompt, and not of a later one in the same folder.
+
+    Args:
+        summary: of the soft prompt.
+        log: the run's lines, if there are any.
+        settings: the run's, as YAML, if they are there.
+    """
+    if log and {"metric", "before", "after", "best_step"} <= summary.keys():
+        evaluations = {line["step"]: line for line in log if summary["metric"] in line}
+        for step, values in ((0, summary["before"]), (summary["best_step"], summary["after"])):
+            if evaluations.get(step, {}).get(summary["metric"]) != values[summary["metric"]]:
+                return False
+    try:
+        found = yaml.safe_load(settings or "")
+    except yaml.YAMLError:  # written by somebody else
+        return True
+    training = found.get("training") if isinstance(found, dict) else None
+    return training is None or "training" not in summary or training == summary["training"]
 
 
 def last_name(text: str) -> str:

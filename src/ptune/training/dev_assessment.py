@@ -39,8 +39,13 @@ def assess_dev(parts: Parts, *, batch_size: int) -> tuple[Assessment, str] | Non
     assessment = task.with_temperature(temperature).assessment(scores, records)
     if temperature is None:
         return assessment, f"no temperature: {fitted.why}"
-    before, after = (assessment.metrics[name] for name in ("calibration_error_before", "calibration_error"))
-    return (
-        assessment,
-        f"temperature {temperature:.3g}, {fitted.why}: calibration error {before:.3f} -> {after:.3f}, labels unchanged",
-    )
+    errors = (assessment.metrics[name] for name in ("calibration_error_before", "calibration_error"))
+    return assessment, temperature_sentence(temperature, fitted.why, *errors)
+
+
+def temperature_sentence(temperature: float, why: str, before: float, after: float) -> str:
+    """Return what a fitted temperature does to the calibration error, which it is not fitted to."""
+    said = f"temperature {temperature:.3g}, {why}: calibration error {before:.3f} -> {after:.3f}, labels unchanged"
+    if after > before:
+        said += "; the fit is to the likelihood of the right labels, which rose even so"
+    return said

@@ -108,7 +108,10 @@ class RunFolder:
         """
         if not self._resume and self._writes:
             for old in (self.checkpoint, *(self.run / name for name in (LOG, ASSESSMENT, COMPARISON, CANDIDATES))):
-                old.unlink(missing_ok=True)
+                try:
+                    old.unlink(missing_ok=True)
+                except OSError as error:
+                    raise OutputError(f'cannot remove "{old}" of an older run: {error.strerror}') from error
             write_text(self.run / SETTINGS, config_yaml(self._config))
         self._begun = True
 
