@@ -69,7 +69,7 @@ class PromptedModel(nn.Module):
         if self.training:
             return self.encoder()
         # Loading a checkpoint, a cast or an optimizer step may change the encoder without a change of mode. A fused
-        # optimizer of torch does so unseen, for it leaves version counters alone; `Learner.take_step` raises them.
+        # optimizer of torch does so unseen, for it leaves version counters alone; `Learner.finish_step` raises them.
         weights = [(w.data_ptr(), w._version) for w in self.encoder.state_dict(keep_vars=True).values()]
         if self._rows is None or weights != self._weights_of_rows:
             with torch.no_grad():

@@ -79,13 +79,10 @@ class Contender:
         """Take the optimizer's step.
 
         Raises:
-            TrainingError: as `Learner.check`.
+            TrainingError: as `Learner.finish_step`.
         """
         learner = self.learner
-        reached = learner.progress.step > 0 or learner.gradient_reaches_prompt()
-        norm = torch.nn.utils.clip_grad_norm_(learner.prompted.parameters(), learner.settings.max_grad_norm)
-        learner.check(learner.progress.step, loss, float(norm), reached=reached)
-        learner.take_step()
+        learner.finish_step(loss, torch.nn.utils.clip_grad_norm_)
         learner.progress.step += 1
         if learner.progress.step % learner.settings.logging_steps == 0:
             self.log.append({"step": learner.progress.step, "train_loss": loss})

@@ -1,4 +1,4 @@
-"""What is told once a soft prompt is saved: its answers beside the bare model's, what looks wrong. Knows no loops."""
+"""How a run or a search ends: the best soft prompt saved, and what is told then. Knows no loops."""
 
 from __future__ import annotations
 
@@ -7,9 +7,34 @@ from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.training.assembly import Parts
 from ptune.training.checkpoint import Progress
 from ptune.training.comparison import compare_with_bare_model
+from ptune.training.dev_assessment import assess_dev
+from ptune.training.learner import Learner
 from ptune.training.reporting import Reporter
 from ptune.training.run_folder import RunFolder
 from ptune.training.signs import no_gain
+
+
+def save_best(learner: Learner, folder: RunFolder, reporter: Reporter, *, writes: bool = True) -> SoftPrompt:
+    """Save the soft prompt of the best evaluation, with what dev says of it.
+
+    Args:
+        learner: that has evaluated at least once.
+        folder: of the run.
+        reporter: that is told.
+        writes: whether this process writes.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    learner.use_best()
+    assessed = assess_dev(learner.parts, batch_size=2 * learner.settings.batch_size)
+    prompt = learner.soft_prompt(assessed and assessed[0].temperature)
+    if assessed is not None:
+        folder.assessed(assessed[0].values())
+        reporter.assessed(*assessed)
+    if writes:
+        prompt.save(folder.path)  # last: where it stands, everything does
+    return prompt
 
 
 def tell_the_end(parts: Parts, prompt: SoftPrompt, progress: Progress, folder: RunFolder, reporter: Reporter) -> None:

@@ -6,10 +6,11 @@ What a run of one prompt and a search over many have in common. Knows neither lo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptune.config.run import RunConfig
 from ptune.errors import TrainingError
@@ -85,7 +86,31 @@ class Learner:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
 
-    def take_step(self) -> None:
+    def finish_step(self, loss: float, clip: Callable[[Iterable[nn.Parameter], float], Any]) -> None:
+        """Clip the gradients, see that they may be followed, and follow them.
+
+        Args:
+            loss: the step's mean.
+            clip: scales gradients to a greatest norm, and returns theirs: torch's function, or accelerate's.
+
+        Raises:
+            TrainingError: the loss or its gradient is not a number, or no gradient reaches the prompt.
+        """
+        reached = self.progress.step > 0 or self._gradient_reaches_prompt()
+        norm = float(clip(self.prompted.parameters(), self.settings.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"at step {self.progress.step + 1} the loss is {loss} and its gradient {norm}: lower "
+                f"training.learning_rate (now {self.settings.learning_rate:g}), or use model.dtype float32 or bfloat16 "
+                "if it is float16"
+            )
+        if not reached:
+            raise TrainingError(
+                "no gradient reaches the virtual tokens at the first step; the loss does not depend on them"
+            )
+        self._take_step()
+
+    def _take_step(self) -> None:
         """Let the optimizer change what is trained, and drop its gradients.
 
         A fused optimizer leaves the parameters' version counters as they were, by which others notice a change; so they
@@ -95,31 +120,9 @@ class Learner:
         self.optimizer.zero_grad()
         torch.autograd.graph.increment_version(list(self.prompted.parameters()))
 
-    def gradient_reaches_prompt(self) -> bool:
+    def _gradient_reaches_prompt(self) -> bool:
         """Whether the backward pass gave the encoder a gradient."""
         return any(bool(p.grad.any()) for p in self.prompted.encoder.parameters() if p.grad is not None)
-
-    def check(self, step: int, loss: float, gradient_norm: float, *, reached: bool = True) -> None:
-        """See that a step may be taken.
-
-        Args:
-            step: its number, from 0.
-            loss: its mean.
-            gradient_norm: of all that is trained.
-            reached: whether the prompt, and not a linear head alone, has a gradient.
-
-        Raises:
-            TrainingError: the loss or its gradient is not a number, or no gradient reaches the prompt.
-        """
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            raise TrainingError(
-                f"at step {step + 1} the loss is {loss} and its gradient {gradient_norm}: lower training.learning_rate "
-                f"(now {self.settings.learning_rate:g}), or use model.dtype float32 or bfloat16 if it is float16"
-            )
-        if not reached:
-            raise TrainingError(
-                "no gradient reaches the virtual tokens at the first step; the loss does not depend on them"
-            )
 
     @property
     def out_of_patience(self) -> bool:

@@ -35,8 +35,7 @@ from ptune.tasks.task import Asked
 from ptune.training.assembly import assemble, read_records
 from ptune.training.checkpoint import random_state, save_checkpoint, set_random_state
 from ptune.training.contender import Contender
-from ptune.training.dev_assessment import assess_dev
-from ptune.training.ending import tell_the_end
+from ptune.training.ending import save_best, tell_the_end
 from ptune.training.kept_contexts import keep_contexts
 from ptune.training.learner import Learner
 from ptune.training.rehearsal import rehearse
@@ -164,13 +163,7 @@ class _Search:
         self._write_table(best)
         if stop.is_set():
             raise Stopped(self._what_is_kept(best))
-        best.learner.use_best()
-        assessed = assess_dev(best.learner.parts, batch_size=2 * self.config.training.batch_size)
-        prompt = best.learner.soft_prompt(assessed and assessed[0].temperature)
-        if assessed is not None:
-            self.folder.assessed(assessed[0].values())
-            self.reporter.assessed(*assessed)
-        prompt.save(self.folder.path)  # last: where it stands, everything does
+        prompt = save_best(best.learner, self.folder, self.reporter)
         tell_the_end(best.learner.parts, prompt, best.learner.progress, self.folder, self.reporter)
         self.reporter.ranked(self.table(best))
         return prompt

@@ -29,8 +29,7 @@ from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks.task import Example
 from ptune.training.assembly import Parts, assemble, read_records
 from ptune.training.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from ptune.training.dev_assessment import assess_dev
-from ptune.training.ending import tell_the_end
+from ptune.training.ending import save_best, tell_the_end
 from ptune.training.kept_contexts import keep_contexts
 from ptune.training.learner import Learner
 from ptune.training.rehearsal import rehearse
@@ -204,10 +203,7 @@ class _Run:
             total += loss.detach().to(total) * share
         self.learner.scale_gradients(processes / weight)  # processes average theirs
         mean = float(self.accelerator.reduce(total, "sum")) / weight
-        reached = step > 0 or self.learner.gradient_reaches_prompt()
-        norm = float(self.accelerator.clip_grad_norm_(self.prompted.parameters(), self.settings.max_grad_norm))
-        self.learner.check(step, mean, norm, reached=reached)
-        self.learner.take_step()
+        self.learner.finish_step(mean, self.accelerator.clip_grad_norm_)
         return mean
 
     def _tell_plan(self) -> None:
@@ -240,14 +236,7 @@ class _Run:
             self.accelerator.log(values, step=self.progress.step)
 
     def _save(self) -> SoftPrompt:
-        self.learner.use_best()  # there is an evaluation before the first step
-        assessed = assess_dev(self.parts, batch_size=2 * self.settings.batch_size)
-        prompt = self.learner.soft_prompt(assessed and assessed[0].temperature)
-        if assessed is not None:
-            self.folder.assessed(assessed[0].values())
-            self.reporter.assessed(*assessed)
-        if self.accelerator.is_main_process:
-            prompt.save(self.folder.path)  # last: where it stands, everything does
+        prompt = save_best(self.learner, self.folder, self.reporter, writes=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
         if self.settings.trackers:
             self.accelerator.end_training()
