@@ -34,7 +34,7 @@ from ptune.records.data import draw, load_records
 from ptune.records.record import Record
 from ptune.tasks.registry import completed, task_for
 from ptune.template import Template
-from ptune.training.assembly import read_records
+from ptune.training.assembly import train_and_dev_records
 from ptune.training.train import train
 
 OUTPUT = Path("benchmarks/results/full_runs.json")
@@ -92,7 +92,7 @@ def frozen(name: str, config: RunConfig, backbone: Backbone, asked: Sequence[Rec
     """Return what the bare model reaches by the template that is best on dev; None for a head."""
     if isinstance(config.task, LinearClassificationConfig | TaggingConfig):
         return None
-    known, dev = read_records(config)
+    known, dev = train_and_dev_records(config)
     tasks = [
         task_for(
             backbone,

@@ -24,7 +24,7 @@ from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks.registry import completed
 from ptune.template import Template
-from ptune.training.assembly import read_records, task_of_run, template_for
+from ptune.training.assembly import task_of_run, template_for, train_and_dev_records
 
 Records: TypeAlias = tuple[list[Record], list[Record]]
 
@@ -154,7 +154,7 @@ def few_steps(name: str, data: Path, output: Path) -> tuple[RunConfig, SearchCon
     """
     changes = {"data.train": str(data), "data.limit": 30, "output": str(output), "training.max_steps": 2}
     config, search = settings_of(name, changes | {"training.evaluations": 1})
-    train, dev = read_records(config)
+    train, dev = train_and_dev_records(config)
     task = completed(config.task, [*train, *dev])
     if isinstance(task, ClassificationConfig):
         letters = {label: f" {chr(ord('A') + number)}" for number, label in enumerate(task.verbalizer)}

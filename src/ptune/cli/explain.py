@@ -40,12 +40,12 @@ def _explain(configs: list[RunConfig]) -> None:
     from rich.markup import escape
 
     from ptune.models.backbone import Backbone
-    from ptune.training.assembly import assemble, read_records
+    from ptune.training.assembly import assemble, train_and_dev_records
     from ptune.training.checkpoint import random_state, set_random_state
     from ptune.training.explanation import explain
     from ptune.training.learner import Learner
 
-    records = read_records(configs[0])
+    records = train_and_dev_records(configs[0])
     backbone, before = Backbone.load(configs[0].model), random_state()
     with ExitStack() as stack:
         stack.callback(set_random_state, before)

@@ -66,12 +66,12 @@ def _inspect_data(config: Path | None, rest: list[str], model: str | None, data:
     from ptune.models.backbone import Backbone
     from ptune.rendering.preview import preview
     from ptune.tasks.registry import completed
-    from ptune.training.assembly import read_records, task_of_run, template_for
+    from ptune.training.assembly import task_of_run, template_for, train_and_dev_records
 
     backbone = Backbone.load(settings.model)
     template = template_for(settings, backbone)
     console = Console(highlight=False, soft_wrap=True)
-    train, _ = read_records(settings)
+    train, _ = train_and_dev_records(settings)
     settings = settings.model_copy(update={"task": completed(settings.task, train)})
     task = task_of_run(settings, template, backbone)
     for record in train[:count]:

@@ -18,7 +18,7 @@ from ptune.families import CAUSAL, kind_of
 from ptune.models.backbone import Backbone
 from ptune.models.prompted_model import PromptedModel
 from ptune.prompts.encoder import build_encoder
-from ptune.prompts.initial_rows import initial_rows
+from ptune.prompts.initial_rows import COMMON_WORDS, initial_rows
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 
 
@@ -91,7 +91,7 @@ def _common_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
     """Sample ids that are likely words: vocabularies number tokens by how common they are (as `initial_rows` does)."""
     config = model.config.get_text_config()
     special = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
-    order = torch.randperm(min(5000, config.vocab_size), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(min(COMMON_WORDS, config.vocab_size), generator=torch.Generator().manual_seed(seed))
     ids = [token for token in order.tolist() if token not in special]
     return torch.tensor([ids[k % len(ids)] for k in range(count)])
 

@@ -26,7 +26,7 @@ from ptune.errors import BackboneError, ConfigError, SoftPromptError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_COMMON_WORDS = 5000
+COMMON_WORDS = 5000
 """Lester et al. 2021 sample from so many of the most common tokens. Vocabularies learnt from a corpus (BPE,
 SentencePiece) number them by how common they are, so these are the lowest ids that are words."""
 
@@ -129,7 +129,7 @@ def _common_words(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> l
     # All added tokens, for models mark turns and tools by tokens which are not called special (Qwen's <tool_call>).
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     candidates = (token for token in range(min(len(tokenizer), vocabulary_size)) if token not in added)
-    words = list(islice((token for token in candidates if _is_word(tokenizer, token)), _COMMON_WORDS))
+    words = list(islice((token for token in candidates if _is_word(tokenizer, token)), COMMON_WORDS))
     if not words:
         raise ConfigError(
             "sampled virtual tokens need words in the tokenizer's vocabulary, and none of its tokens has a letter; "

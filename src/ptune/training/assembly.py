@@ -85,7 +85,7 @@ def assemble(
         ConfigError, TemplateError, DataError: the settings, the template or a record cannot be used.
     """
     template = template_for(config, backbone)
-    train, dev = records or read_records(config)
+    train, dev = records or train_and_dev_records(config)
     task_settings = completed(config.task, train)
     if task_settings is not config.task and config.data.limit is not None:
         _check_labels_left(config, task_settings, dev)
@@ -221,7 +221,7 @@ def build_head(
     return LinearHead.new(len(outputs), states, config.training.seed), notes
 
 
-def read_records(config: RunConfig) -> tuple[list[Record], list[Record]]:
+def train_and_dev_records(config: RunConfig) -> tuple[list[Record], list[Record]]:
     """Return training and dev records as ``config.data`` says.
 
     Dev is what is named; else what the training data's own folder or Hub name holds; else a share of train.

@@ -32,7 +32,7 @@ from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks.side_by_side import answer_side_by_side, one_forward_each
 from ptune.tasks.task import Asked
-from ptune.training.assembly import assemble, read_records
+from ptune.training.assembly import assemble, train_and_dev_records
 from ptune.training.checkpoint import random_state, save_checkpoint, set_random_state
 from ptune.training.contender import Contender
 from ptune.training.ending import save_best, tell_the_end
@@ -79,7 +79,7 @@ def search(
         folder = stack.enter_context(RunFolder(config, resume=False, overwrite=overwrite))
         if records is None:
             first = candidates[0].config  # all say alike where records come from and how dev is drawn
-            records = read_records(first)
+            records = train_and_dev_records(first)
         if backbone is None:
             backbone = Backbone.load(config.model)
         stack.callback(set_random_state, before)

@@ -27,7 +27,7 @@ from ptune.pretrained.loading import find_device
 from ptune.records.record import Record
 from ptune.soft_prompts.soft_prompt import SoftPrompt
 from ptune.tasks.task import Example
-from ptune.training.assembly import Parts, assemble, read_records
+from ptune.training.assembly import Parts, assemble, train_and_dev_records
 from ptune.training.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from ptune.training.ending import save_best, tell_the_end
 from ptune.training.kept_contexts import keep_contexts
@@ -76,7 +76,7 @@ def train(
         )
     with RunFolder(config, resume=resume, overwrite=overwrite, writes=accelerator.is_main_process) as folder:
         if records is None:  # read before a model is loaded, which takes its time
-            records = read_records(config)
+            records = train_and_dev_records(config)
         if backbone is None:
             model = config.model
             if model.device == "auto" and accelerator.num_processes > 1:  # each process has a device of its own
