@@ -175,7 +175,7 @@ def test_vocabulary_never_takes_rows_beyond_the_matrix(tokenizer: PreTrainedToke
 def test_vocabulary_prefers_the_most_common_words(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_COMMON_WORDS", 20)
+    monkeypatch.setattr(module, "COMMON_WORDS", 20)
     assert set(ids_of(take(tokenizer, 20, method="vocabulary"))) == set(sorted(words_of(tokenizer))[:20])
 
 
