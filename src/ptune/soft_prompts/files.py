@@ -28,7 +28,16 @@ from ptune.config.run import EncoderConfig, Overlong
 from ptune.config.settings import Settings
 from ptune.config.task import TaskConfig
 from ptune.errors import OutputError, SoftPromptError
-from ptune.files import missing_file, read_json, read_tensors, tensors_hash, write_atomically, write_json, write_tensors
+from ptune.files import (
+    missing_file,
+    read_json,
+    read_tensors,
+    tensors_hash,
+    what_is_at,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 from ptune.prompts.keys_and_values import KeyValueShape
 from ptune.prompts.linear_head import LinearHead, head_from, head_tensors
 from ptune.soft_prompts.model_card import CARD, is_model_card
@@ -221,9 +230,10 @@ def _check_folder(folder: Path) -> None:
     Raises:
         SoftPromptError: it does not; says what stands there instead.
     """
-    if folder.is_file():
+    found = what_is_at(folder)
+    if found == "file":
         raise SoftPromptError(f'"{folder}" is a file; a soft prompt is given as its folder')
-    if not folder.is_dir():
+    if found is None:
         raise SoftPromptError(missing_file(folder, "soft prompt folder"))
     if (folder / DESCRIPTION).is_file():
         return

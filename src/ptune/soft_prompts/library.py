@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptune.errors import SoftPromptError, did_you_mean
+from ptune.files import what_is_at
 from ptune.soft_prompts.files import DESCRIPTION, read_description, size_in_bytes
 
 
@@ -47,7 +48,7 @@ def read_library(folder: str | Path) -> list[LibraryEntry]:
         SoftPromptError: there is no such folder, or no soft prompt in it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if what_is_at(folder) != "folder":
         raise SoftPromptError(f'there is no folder "{folder}"; name one that holds soft prompts, as prompts')
     found = folders_in(folder)
     if not found:
@@ -97,7 +98,7 @@ class Library:
             SoftPromptError: there is no such folder.
         """
         self.folder = None if folder is None else Path(folder)
-        if self.folder is not None and not self.folder.is_dir():
+        if self.folder is not None and what_is_at(self.folder) != "folder":
             raise SoftPromptError(f'there is no folder "{folder}"; name one that holds soft prompts, as prompts')
         self._folders: dict[str, Path] = {} if self.folder is None else folders_in(self.folder)
 
