@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,12 @@ def test_the_readme_s_python_trains_and_answers(page: Path, place: Path, capsys:
     namespace: dict[str, Any] = {
         "model": model,
         "tokenizer": tokenizer,
-        "args": TrainingArguments(output_dir="runs", max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True),
         "rows": [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 4,
         "collator": DataCollatorForSeq2Seq(tokenizer),
         "Trainer": Trainer,
+        "TrainingArguments": functools.partial(
+            TrainingArguments, max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True
+        ),
     }
     trainer = run(page, [second], namespace)["trainer"]
     assert trainer.train().global_step == 2

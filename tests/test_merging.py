@@ -61,7 +61,13 @@ def virtual_probability(merged: MergedModel) -> tuple[float, int]:
 def test_a_merge_that_is_stopped_leaves_nothing_and_says_so(sent: signal.Signals, tmp_path: Path) -> None:
     soft_prompt(on_disk(tmp_path / "model"), CHAT, 3).save(tmp_path / "chat")
     typed = [sys.executable, "-m", "ptune", "merge", str(tmp_path / "chat"), "--output", str(tmp_path / "merged")]
-    merge = subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    merge = subprocess.Popen(
+        typed,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    )
     assert merge.stderr is not None
     lines = [merge.stderr.readline()]
     assert lines[0] == f"loading {tmp_path / 'model'}\n"

@@ -115,4 +115,4 @@ def test_the_dtype_is_said_before_while_and_after_training(wide: Path, tmp_path:
     assert f"backbone: {dtype} ({why}" in ptune("train", str(file), "--explain")
     assert f"parameters in {dtype}, all frozen; trained:" in ptune("train", str(file))
     inspected = ptune("inspect", str(tmp_path / "prompt"))
-    assert ["trained", "in", dtype] in [line.split() for line in inspected.splitlines()]
+    assert ["trained", "in", dtype, "on", "cpu"] in [line.split() for line in inspected.splitlines()]
