@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ptune.engine.engine import Engine
-    from ptune.tasks.task import Task
+    from ptune.tasks.task import Assessment, Task
 
 _MOST_LABELS = 12
 """Of more labels a terminal is too narrow to show the confusion matrix."""
@@ -59,12 +59,9 @@ def evaluate(
     from ptune.cli.quiet import quiet
 
     quiet()
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Column, Table
 
     from ptune import __version__
-    from ptune.cli.progress import format_metrics, format_value
     from ptune.files import file_place, write_json
     from ptune.records.data import data_hash, has_split, load_records
 
@@ -100,24 +97,46 @@ def evaluate(
     part = "" if what_is_at(data) == "file" else f" ({split})"
     without = ", without its virtual tokens" if no_prompt else ""
     title = escape(f"{prompt} on {len(records):,} records of {data}{part}{without}")
-    if by is not None:
-        table = Table("soft prompt", Column("records", justify="right"), "metrics", title=title)
-        for name, assessment in found.items():
-            table.add_row(escape(name), f"{len(own[name]):,}", format_metrics(assessment.metrics))
-        Console().print(table)
-        each = {name: {"records": len(own[name])} | assessment.values() for name, assessment in found.items()}
-        values: dict[str, Any] = {"by": by, "prompts": each}
-    else:
+    if by is None:
         (assessment,) = found.values()
-        table = Table("metric", Column("value", justify="right"), title=title)
-        for metric, value in assessment.metrics.items():
-            table.add_row(metric, format_value(metric, value))
-        Console().print(table)
-        if assessment.labels:
-            Console().print(confusion_table(assessment.labels, assessment.confusion))
+        _print_one(title, assessment)
         values = assessment.values()
+    else:
+        counts = {name: len(some) for name, some in own.items()}
+        _print_each(title, found, counts)
+        each = {name: {"records": counts[name]} | assessment.values() for name, assessment in found.items()}
+        values = {"by": by, "prompts": each}
     if place is not None:
         write_json(place, about | values)
+
+
+def _print_one(title: str, assessment: Assessment) -> None:
+    """Print the metrics of one soft prompt, and its confusion matrix."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from ptune.cli.progress import format_value
+
+    table = Table("metric", Column("value", justify="right"), title=title)
+    for metric, value in assessment.metrics.items():
+        table.add_row(metric, format_value(metric, value))
+    Console().print(table)
+    if assessment.labels:
+        Console().print(confusion_table(assessment.labels, assessment.confusion))
+
+
+def _print_each(title: str, found: Mapping[str, Assessment], counts: Mapping[str, int]) -> None:
+    """Print a line of metrics for each soft prompt."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    from ptune.cli.progress import format_metrics
+
+    table = Table("soft prompt", Column("records", justify="right"), "metrics", title=title)
+    for name, assessment in found.items():
+        table.add_row(escape(name), f"{counts[name]:,}", format_metrics(assessment.metrics))
+    Console().print(table)
 
 
 def confusion_table(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> Table | str:

@@ -120,7 +120,7 @@ def write(backbone: Backbone, starts: Sequence[Sequence[int]], seed: int) -> Pos
 
 
 def behind_head(backbone: Backbone, values: Tensor) -> Tensor:
-    """Return what a model makes of what its head gives, each of ``[k]`` by itself: itself, for most models."""
+    """Return what a model makes of each value that its head gives, in the same shape ``[k]``: itself, mostly."""
     head, width = backbone.model.get_output_embeddings(), backbone.vocabulary_size
     token = torch.tensor([[backbone.tokenizer.eos_token_id]], device=backbone.device)
     made = []

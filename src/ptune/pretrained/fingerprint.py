@@ -37,7 +37,7 @@ def fingerprint(kind: str, config: PreTrainedConfig, rows: Tensor, embeddings: T
     Args:
         kind: of the model, for the same weights mean another thing to BERT as a decoder.
         config: the model's.
-        rows: of the input matrix at `sampled_ids`, ``[s, H]`` of any float dtype.
+        rows: of the input matrix at `sampled_ids`, of shape ``[s, H]`` and any float dtype.
         embeddings: what the embedding module gives for the same ids, ``[s, H]`` float32.
     """
     rows = rows.detach().float()
