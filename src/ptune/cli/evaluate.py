@@ -67,8 +67,9 @@ def evaluate(
 
     place = None if json_file is None else file_place(json_file)
     _check_split(data, split)
+    single = what_is_at(data) == "file"
     if split is None:
-        split = "test" if what_is_at(data) == "file" or has_split(data, "test") else "dev"
+        split = "test" if single or has_split(data, "test") else "dev"
     records = load_records(data, split=split, fields=column_mapping(field), limit=limit)
     names = _names(prompt, records, by)
     own: dict[str, list[Any]] = {}
@@ -86,7 +87,7 @@ def evaluate(
             "prompt": str(prompt),
             "no_prompt": no_prompt,
             "data": data,
-            "split": None if what_is_at(data) == "file" else split,
+            "split": None if single else split,
             "records": len(records),
             "data_hash": data_hash(records),
             "backbone": backbone.name,
@@ -94,7 +95,7 @@ def evaluate(
             "device": backbone.device.type,
             "ptune": __version__,
         }
-    part = "" if what_is_at(data) == "file" else f" ({split})"
+    part = "" if single else f" ({split})"
     without = ", without its virtual tokens" if no_prompt else ""
     title = escape(f"{prompt} on {len(records):,} records of {data}{part}{without}")
     if by is None:

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ptune.errors import BackboneError, ConfigError
+from ptune.errors import BackboneError
 from ptune.families import ENCODER_DECODER
 from ptune.generation.decoding import Decoding
 from ptune.generation.growing_text import GrowingText, Listener, end_ids
@@ -28,7 +28,7 @@ from ptune.generation.sampling import TokenLogprob
 from ptune.models.backbone import Backbone
 from ptune.pretrained.encoder_decoder import decoder_start
 from ptune.prompts.virtual_tokens import deep_prompts_of
-from ptune.rendering.batch import IGNORED, Row, collate
+from ptune.rendering.batch import IGNORED, Row, check_batch_size, collate
 
 
 def generate(
@@ -66,8 +66,7 @@ def generate(
         BackboneError: the model writes no text, or a context, its virtual tokens counted, leaves no room in the
             backbone's limit; or it opens with a deep prompt and has no text, or no cache may be kept for it.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1 and is {batch_size}; raise it")
+    check_batch_size(batch_size)
     if options is None or isinstance(options, GenerationOptions):
         options = [_of_number(options or GenerationOptions(), number) for number in range(len(contexts))]
 

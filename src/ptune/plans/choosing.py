@@ -13,7 +13,6 @@ from torch import Tensor
 from ptune.plans.context_cache import ContextCache
 from ptune.plans.openings import Group, context_lengths, contexts_in, length_groups, padding_share, prefix_groups
 from ptune.plans.passes import PlannedPass
-from ptune.plans.unread import without_unread
 
 _SHORTEST_CONTEXT = 8
 """Contexts of fewer tokens, on average, are not worth a pass of their own."""
@@ -44,14 +43,13 @@ class Chooser:
         self.contexts = ContextCache(0)
 
     def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> PlannedPass:
-        """Return the cheapest plan for a batch.
+        """Return the cheapest plan for a batch, of which `without_unread` has taken what nothing reads.
 
         Args:
             input_ids: ``[B, T]`` int64.
             attention_mask: ``[B, T]`` int64.
             positions: ``[B, T]`` bool.
         """
-        input_ids, attention_mask, positions = without_unread(input_ids, attention_mask, positions)
         rows, length = input_ids.shape
         # pads that are asked for have no numbers in some plans
         real = not bool((positions & ~attention_mask.bool()).any())

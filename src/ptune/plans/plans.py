@@ -103,7 +103,8 @@ class Plans:
                 opening = opening.new_tensor([past.shape[2] for past in pasts])
                 self.note("kept prefix", f"{int(opening.max())} virtual tokens at most open rows, without gradient")
                 return self._behind(run, input_ids, attention_mask, positions, opening, pasts)
-        choice = self._agreement.plan(self.choose(input_ids, attention_mask, positions), may_pack=self.may_pack)
+        choice = self._chooser.choose(input_ids, attention_mask, positions)
+        choice = self._agreement.plan(choice, may_pack=self.may_pack)
         self.note(choice.plan, choice.why)
         if choice.plan == "packed rows":
             return packed_rows(run, input_ids, attention_mask, positions, choice.groups)
@@ -115,7 +116,7 @@ class Plans:
 
     def choose(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> PlannedPass:
         """Return the cheapest plan for a batch, kept prefixes aside; the shapes are those of `outputs`, ``[B, T]``."""
-        return self._chooser.choose(input_ids, attention_mask, positions)
+        return self._chooser.choose(*without_unread(input_ids, attention_mask, positions))
 
     def run_together(self, alike: Callable[[int], bool], device: torch.device) -> None:
         """Run from now on as many passes as other processes do, each of which has a part of the layers.

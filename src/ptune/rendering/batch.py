@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ptune.errors import ConfigError
+
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 # Rows are sorted by length within pools of so many batches. Measured on texts of alpaca_zh, imdb, sst2 and trec in
@@ -83,6 +85,16 @@ def collate(rows: Sequence[Row], pad_id: int, side: Literal["left", "right"] = "
     return Batch(input_ids, attention_mask, labels)
 
 
+def check_batch_size(batch_size: int) -> None:
+    """See that a batch holds something.
+
+    Raises:
+        ConfigError: ``batch_size`` is not positive.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1 and is {batch_size}; raise it.")
+
+
 def length_grouped_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
     """Return batches of indices into ``lengths``, rows of similar length together, batches in random order.
 
@@ -91,10 +103,9 @@ def length_grouped_batches(lengths: Sequence[int], batch_size: int, generator: t
     The state of ``generator`` decides all, and is advanced, so that each epoch has other batches.
 
     Raises:
-        ValueError: ``batch_size`` is not positive.
+        ConfigError: ``batch_size`` is not positive.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1 and is {batch_size}; raise it.")
+    check_batch_size(batch_size)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     # The rest that fills no batch stays as drawn: sorted in, it could take the place of a full batch of long rows.
     whole = len(order) - len(order) % batch_size

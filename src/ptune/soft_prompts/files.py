@@ -153,8 +153,7 @@ def description_values(folder: Path, **members: Any) -> Any:
     try:
         text = Description(**members).model_dump_json()  # pydantic's, in which a metric that is not a number is null
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, entry['loc']))}{said_of([entry])}" for entry in error.errors()[:3])
-        raise OutputError(f'cannot write "{folder / DESCRIPTION}": {said}') from None
+        raise OutputError(f'cannot write "{folder / DESCRIPTION}": {_mistakes(error)}') from None
     except PydanticSerializationError as error:
         raise OutputError(
             f'cannot write "{folder / DESCRIPTION}": the summary expected JSON values ({error}); give numbers and text'
@@ -274,10 +273,14 @@ def read_description(folder: Path) -> Description:
     try:
         return Description.model_validate(values)
     except ValidationError as error:
-        mistakes = "; ".join(f"{'.'.join(map(str, entry['loc']))}{said_of([entry])}" for entry in error.errors()[:3])
         raise SoftPromptError(
-            f'"{path}" was altered or comes from another version of ptune ({mistakes}); copy it again or upgrade ptune'
+            f'"{path}" was altered or comes from another version of ptune ({_mistakes(error)}); copy it again or '
+            "upgrade ptune"
         ) from None
+
+
+def _mistakes(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, entry['loc']))}{said_of([entry])}" for entry in error.errors()[:3])
 
 
 def _tensors_of(folder: Path, description: Description) -> dict[str, Tensor] | None:

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptune.errors import ConfigError
 from ptune.models.backbone import Backbone
-from ptune.rendering.batch import Row, collate
+from ptune.rendering.batch import Row, check_batch_size, collate
 from ptune.tasks.task import Asked, Forward, Task
 
 
@@ -78,8 +77,7 @@ def in_batches(rows: Sequence[Sequence[Row]], batch_size: int, max_tokens: int |
     Raises:
         ConfigError: no rows may be read at once.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1 and is {batch_size}; raise it")
+    check_batch_size(batch_size)
     lengths = [max(len(row.ids) for row in each) for each in rows]
     order = sorted(range(len(rows)), key=lambda number: -lengths[number])
     start = 0
